@@ -1,0 +1,266 @@
+"""Every key a recipe may hold, with its default and its meaning.
+
+Imports neither torch, ray nor vllm: a recipe is checked before anything heavy starts.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values do not change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    name: str
+    dir: str = "runs/{name}"
+    """Where ledger, checkpoints, metrics spool and artifacts go; `{name}` is replaced."""
+    seed: int = 0
+    steps: int = Field(100, ge=1)
+    checkpoint_every: int = Field(10, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    """Newest checkpoints kept for resuming; the best by the primary evaluation is kept besides."""
+    prepare: str | None = None
+    """`module:function` called with the recipe before start-up when model.path does not exist yet."""
+
+
+class Resources(Section):
+    cpus: float = Field(1, ge=0)
+    gpus: float = Field(0, ge=0)
+
+
+class Model(Section):
+    path: str
+    """Local directory or public model id, in HF format."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    max_length: int = Field(1024, ge=2)
+    """Context: prompt and completion tokens together."""
+
+
+class Data(Section):
+    path: str
+    """A .jsonl, .jsonl.gz, .csv or .parquet file, or a public dataset id."""
+    name: str | None = None
+    """Configuration of a public dataset (its `name` or `data_dir`)."""
+    source_split: str = "train"
+    """Split of the public dataset; ignored for files."""
+    format: Literal["prompt", "messages", "hh", "pairs"] = "prompt"
+    """prompt: a column of strings; messages: a column of chat turns; hh: Anthropic transcripts in
+    `chosen` and `rejected`; pairs: columns `prompt`, `chosen`, `rejected`."""
+    column: str = "prompt"
+    render: Literal["chat", "text"] = "chat"
+    """chat: the tokenizer's chat template; text: the prompt string as it is."""
+    system_prompt: str | None = None
+    max_prompt_tokens: int = Field(512, ge=1)
+    """Longer prompts are left out, counted and reported."""
+    splits: dict[str, float] = {}
+    """Shares by name, drawn by a hash of the prompt, so a prompt is in one split only."""
+    split: str | None = None
+    """Which of `splits` this consumer reads; none: all rows."""
+    limit: int | None = Field(None, ge=1)
+
+
+class SamplingParams(Section):
+    n: int = Field(8, ge=1)
+    """Completions per prompt."""
+    max_tokens: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    stop: list[str] = []
+    extra: dict[str, Any] = {}
+    """Any further field of vLLM's SamplingParams."""
+    allow_truncated_distribution: bool = False
+    """Train on top-p / top-k samples although a plain softmax is then not the behaviour policy."""
+
+
+class Loop(Section):
+    batch_prompts: int = Field(16, ge=1)
+    """Groups per learner step; a step trains batch_prompts * sampling.n rollouts."""
+    staleness: int = Field(1, ge=0)
+    """Bound on (version being trained - oldest version in a rollout); 0 is synchronous."""
+    discard_budget: float = Field(0.1, ge=0, le=1)
+    """Share of admitted prompts that may be discarded before the run is stopped."""
+
+
+class KL(Section):
+    where: Literal["loss", "reward", "none"] = "loss"
+    estimator: Literal["k1", "k2", "k3"] = "k2"
+    coefficient: float = Field(0.05, ge=0)
+    target: float | None = Field(None, gt=0)
+    """With a target the coefficient adapts (Ziegler et al. 2019, eq. 2)."""
+    horizon: int = Field(10_000, ge=1)
+
+
+class Algorithm(Section):
+    name: str = "grpo"
+    """A key of trainers.algorithms.ALGORITHMS."""
+    kl: KL = KL()
+    clip_low: float = Field(0.2, gt=0)
+    clip_high: float = Field(0.2, gt=0)
+    epochs: int = Field(1, ge=1)
+    minibatches: int = Field(1, ge=1)
+    """Optimizer steps per epoch over a batch."""
+    behaviour_cap: float | None = Field(2.0, gt=0)
+    """Upper bound of the importance weight learner / behaviour policy; none: no correction."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    value_clip: float | None = Field(0.2, gt=0)
+    divide_by_std: bool = True
+    """Divide group advantages by the group's standard deviation."""
+    aggregate: Literal["token", "sequence"] = "token"
+    """Average the loss over all tokens of a minibatch, or per sequence first."""
+
+
+class Optimizer(Section):
+    learning_rate: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+
+
+class Engine(Section):
+    """A DeepSpeed engine."""
+
+    ranks: int = Field(1, ge=1)
+    zero: Literal[0, 1, 2, 3] = 2
+    token_budget: int = Field(8192, ge=1)
+    """Padded tokens per micro-batch."""
+    gradient_checkpointing: bool = False
+    offload: bool = False
+    """Keep optimizer state (and, under ZeRO 3, parameters) in CPU memory."""
+    optimizer: Optimizer = Optimizer()
+    resources: Resources = Resources()
+    """Of each rank."""
+    threads: int | None = Field(None, ge=1)
+    """Torch threads of a rank; none: its CPUs."""
+
+
+class Critic(Engine):
+    path: str | None = None
+    """Start weights: a reward model or the policy (default)."""
+
+
+class Reference(Section):
+    path: str | None = None
+    """Default: model.path."""
+    token_budget: int = Field(16_384, ge=1)
+    resources: Resources = Resources()
+
+
+class RewardComponent(Section):
+    name: str
+    model: str | None = None
+    """HF sequence-classification model with one output (directory or id)."""
+    function: str | None = None
+    """`module:function`, called with (prompt, completion, row) -> float."""
+    weight: float = 1.0
+
+
+class Reward(Section):
+    components: list[RewardComponent] = []
+    token_budget: int = Field(16_384, ge=1)
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_length: int = Field(1024, ge=2)
+    deadline_s: float = Field(60, gt=0)
+    """For one call of a reward function."""
+    replicas: int = Field(1, ge=1)
+    resources: Resources = Resources()
+
+
+class GeneratorConfig(Section):
+    replicas: int = Field(1, ge=1)
+    transport: Literal["auto", "nccl", "object_store"] = "auto"
+    update: Literal["in_flight", "drain"] = "in_flight"
+    """in_flight: pause, swap weights, go on; drain: finish running requests first."""
+    deadline_s: float = Field(300, gt=0)
+    """For one group, queueing included."""
+    startup_s: float = Field(300, gt=0)
+    retries: int = Field(2, ge=0)
+    kv_cache_gb: float = Field(1, gt=0)
+    """KV cache on CPU engines; GPU engines take gpu_memory_utilization in `engine`."""
+    engine: dict[str, Any] = {}
+    """Any field of vLLM's AsyncEngineArgs (tensor_parallel_size, gpu_memory_utilization, …)."""
+    resources: Resources = Resources()
+
+
+class EvalScorer(Section):
+    name: str
+    model: str | None = None
+    function: str | None = None
+
+
+class EvalTask(Section):
+    name: str
+    data: Data
+    prompts: int = Field(128, ge=1)
+    sampling: SamplingParams = SamplingParams(n=1)
+    scorers: list[EvalScorer]
+    at: Literal["every", "first_middle_last"] = "every"
+
+
+class EvaluationConfig(Section):
+    every: int = Field(10, ge=1)
+    """Versions between evaluations; version 0 and the last are always evaluated."""
+    primary: str | None = None
+    """`task/metric` that chooses the best checkpoint."""
+    tasks: list[EvalTask] = []
+    deadline_s: float = Field(1800, gt=0)
+    kv_cache_gb: float = Field(1, gt=0)
+    engine: dict[str, Any] = {}
+    resources: Resources = Resources()
+
+
+class Tracking(Section):
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "headroom"
+    system_metrics: bool = True
+    tags: dict[str, str] = {}
+
+
+class RayConfig(Section):
+    address: str = "local"
+    """local: a private cluster on this machine; otherwise a running cluster's address."""
+    placement_s: float = Field(60, gt=0)
+
+
+class Offline(Section):
+    """One supervised training: `headroom sft` or one entry of `headroom reward`."""
+
+    output: str
+    data: Data
+    base: str | None = None
+    """Start weights; default: model.path."""
+    seed: int = 0
+    epochs: int = Field(1, ge=1)
+    batch: int = Field(32, ge=1)
+    max_length: int = Field(512, ge=2)
+    holdout: float = Field(0.1, ge=0, lt=1)
+    """Share of prompts kept out to report accuracy (reward) or loss (sft)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    engine: Engine = Engine()
+
+
+class Recipe(Section):
+    run: Run
+    model: Model
+    data: Data
+    sampling: SamplingParams = SamplingParams()
+    loop: Loop = Loop()
+    algorithm: Algorithm = Algorithm()
+    learner: Engine = Engine()
+    critic: Critic = Critic()
+    reference: Reference = Reference()
+    reward: Reward = Reward()
+    generator: GeneratorConfig = GeneratorConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: Tracking = Tracking()
+    ray: RayConfig = RayConfig()
+    sft: Offline | None = None
+    reward_models: dict[str, Offline] = {}
+    """What `headroom reward` trains, by name."""

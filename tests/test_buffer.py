@@ -1,0 +1,182 @@
+"""The staleness bound, the order and the exactly-once property, on plain objects with random latencies."""
+
+import asyncio
+import dataclasses
+import itertools
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainers.buffer import Buffer, Take
+from trainers.online import Actors, run
+from trainers.types import (
+    Batch,
+    DataError,
+    Evaluation,
+    Group,
+    InfraError,
+    Prompt,
+    Rollout,
+    StepStats,
+    VersionSpan,
+    Weights,
+)
+
+TIMEOUT = 20
+
+
+def prompt(position: int) -> Prompt:
+    return Prompt(uid=f"e0-p{position}", position=position, messages=(), token_ids=np.zeros(1, np.int32))
+
+
+class World:
+    """Generator, scorer, learner, evaluator and journal in one, each as slow as a random number says."""
+
+    def __init__(self, *, seed: int, straggler: float, failing: float, every: int = 3) -> None:
+        self.random = random.Random(seed)
+        self.straggler, self.failing, self.every = straggler, failing, every
+        self.serving = -1
+        self.version = 0
+        self.batches: list[Batch] = []
+        self.takes: list[Take] = []
+        self.generated: list[str] = []
+        self.evaluations: list[int] = []
+
+    async def pause(self) -> None:
+        """Let a random number of other events happen first: a latency without a clock."""
+        turns = self.random.randrange(4) if self.random.random() > self.straggler else 200
+        for _ in range(turns):
+            await asyncio.sleep(0)
+
+    async def generate(self, prompt: Prompt) -> Group:
+        self.generated.append(prompt.uid)
+        oldest = self.serving
+        await self.pause()
+        spans = [VersionSpan(start=0, stop=1, version=oldest), VersionSpan(start=1, stop=2, version=self.serving)]
+        if self.random.random() < self.failing:
+            raise DataError("this prompt is unusable")
+        rollout = Rollout(
+            uid=f"{prompt.uid}-s0", seed=0, token_ids=np.zeros(2, np.int32), logprobs=np.zeros(2, np.float32),
+            spans=tuple(spans), finish_reason="stop", text="",
+        )
+        return Group(prompt=prompt, rollouts=(rollout,))
+
+    async def score(self, group: Group) -> Sequence[dict[str, float]]:
+        await self.pause()
+        return [{"reward": 1.0} for _ in group.rollouts]
+
+    async def load(self, weights: Weights) -> None:
+        await self.pause()
+        self.serving = weights.version
+
+    async def step(self, batch: Batch) -> StepStats:
+        await self.pause()
+        self.batches.append(batch)
+        return StepStats(loss=0, grad_norm=0, metrics={}, rng_hash="")
+
+    async def publish(self) -> Weights:
+        self.version += 1
+        return Weights(version=self.version, hash="", handle=None)
+
+    async def evaluate(self, weights: Weights) -> Sequence[Evaluation]:
+        await self.pause()
+        return [Evaluation(version=weights.version, task="t", prompt_uids=(), scores={}, samples=())]
+
+    async def record(self, take: Take, stats: StepStats, weights: Weights) -> None:
+        self.takes.append(take)
+
+    async def pin(self, weights: Weights) -> bool:
+        return weights.version % self.every == 0
+
+    async def evaluated(self, results: Sequence[Evaluation]) -> None:
+        self.evaluations += [result.version for result in results]
+
+    def stopping(self) -> bool:
+        return False
+
+
+def play(world: World, *, batch: int, staleness: int, steps: int) -> None:
+    async def main() -> None:
+        actors = Actors(generator=world, scorers=[world], learner=world, evaluator=world)
+        buffer = Buffer(batch=batch, staleness=staleness, wanted=steps * batch)
+        start = Weights(version=0, hash="", handle=None)
+        await run(actors, map(prompt, itertools.count()), buffer, world, start=start, steps=steps)
+
+    asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 4])
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), batch=st.integers(1, 5), straggler=st.sampled_from([0, 0.03, 0.3]),
+    failing=st.sampled_from([0, 0.02, 0.2]),
+)
+def test_staleness_order_and_exactly_once(
+    staleness: int, seed: int, batch: int, straggler: float, failing: float
+) -> None:
+    steps = 12
+    world = World(seed=seed, straggler=straggler, failing=failing)
+    # The budget's allowance is not what is tested here, so failures stay below it.
+    world.failing = failing if failing * steps * batch < 4 else 0
+    play(world, batch=batch, staleness=staleness, steps=steps)
+
+    ages = [step - int(versions.min()) for step, b in enumerate(world.batches) for versions in b.token_versions]
+    assert max(ages) <= staleness and min(ages) >= 0
+    trained = [group.prompt.position for take in world.takes for group in take.groups]
+    assert trained == sorted(trained)
+    retired = sorted(trained + [d.prompt.position for take in world.takes for d in take.discarded])
+    assert retired == list(range(len(retired))), "every prompt up to the last one exactly once"
+    assert len(trained) == steps * batch
+    assert world.evaluations == [v for v in range(steps + 1) if v % world.every == 0]
+
+
+@pytest.mark.parametrize("staleness", [1, 4])
+def test_the_bound_is_reached(staleness: int) -> None:
+    world = World(seed=0, straggler=0, failing=0)
+    play(world, batch=2, staleness=staleness, steps=20)
+    ages = [step - int(versions.min()) for step, b in enumerate(world.batches) for versions in b.token_versions]
+    assert max(ages) == staleness, "a bound that is never reached would not be exact"
+
+
+def test_nothing_is_generated_that_nobody_trains_on() -> None:
+    world = World(seed=0, straggler=0.1, failing=0)
+    play(world, batch=3, staleness=4, steps=4)
+    assert len(world.generated) == 12
+
+
+def test_a_failing_actor_ends_the_run() -> None:
+    world = World(seed=0, straggler=0, failing=0)
+
+    async def broken(group: Group) -> Sequence[dict[str, float]]:
+        raise InfraError("reward actor is gone")
+
+    world.score = broken  # type: ignore[method-assign]
+    with pytest.raises(ExceptionGroup) as caught:
+        play(world, batch=2, staleness=1, steps=3)
+    assert caught.value.subgroup(InfraError) is not None
+
+
+def test_too_many_discards_end_the_run() -> None:
+    async def main() -> None:
+        buffer = Buffer(batch=1, staleness=0, wanted=100, discard_budget=0.1)
+        for position in itertools.count():
+            await buffer.discard(await buffer.admit(), prompt(position), "bad")
+
+    with pytest.raises(DataError, match="9 of 9 prompts were discarded"):
+        asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+
+
+def test_a_ticket_is_filled_once() -> None:
+    async def main() -> None:
+        buffer = Buffer(batch=1, staleness=0, wanted=2)
+        ticket = await buffer.admit()
+        group = Group(prompt=prompt(0), rollouts=())
+        await buffer.put(ticket, group)
+        with pytest.raises(KeyError):
+            await buffer.put(ticket, dataclasses.replace(group))
+
+    asyncio.run(asyncio.wait_for(main(), TIMEOUT))
