@@ -1,0 +1,75 @@
+"""Per-token losses: pure functions on (B, T) tensors, B rollouts of T completion tokens.
+
+Padding may hold any finite number: `token_weights` gives it weight 0.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
+    """Return a per-token estimate, in nats, of KL(policy || reference) at tokens sampled from the policy.
+
+    All (B, T). As values k1 and k3 are unbiased. As losses only k2 has the gradient of the KL in expectation: that
+    of k1 is 0, that of k3 belongs to KL(reference || policy). J. Schulman, "Approximating KL divergence", 2020.
+    """
+    log_ratio = logprobs - reference_logprobs
+    match estimator:
+        case "k1":
+            return log_ratio
+        case "k2":
+            return log_ratio.square() / 2
+        case "k3":
+            return torch.expm1(-log_ratio) + log_ratio
+
+
+def clipped_surrogate(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """Return the clipped policy loss of each token, and where clipping removed its gradient (bool).
+
+    All (B, T); the probability ratio is limited to [1 - clip_low, 1 + clip_high]. Schulman et al. 2017 (PPO), eq. 7;
+    two bounds as in Yu et al. 2025 (DAPO).
+    """
+    ratio = torch.exp(logprobs - old_logprobs)
+    loss = -advantages * ratio
+    limited = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.maximum(loss, limited), (limited > loss).detach()
+
+
+def behaviour_weights(old_logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor, *, cap: float) -> Tensor:
+    """Return the importance weights learner / behaviour policy, truncated at `cap`, without gradient.
+
+    All (B, T), 0 outside the mask. Truncation trades variance for bias: Ionides 2008; Espeholt et al. 2018 (IMPALA).
+    """
+    # Capped before the exponential, so that it cannot overflow.
+    weights = (old_logprobs - behaviour_logprobs).detach().clamp(max=math.log(cap)).exp()
+    return torch.where(mask.bool(), weights, torch.zeros_like(weights))
+
+
+def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
+    """Return half the squared error of each value, the worse of it and of the value kept within `clip` of the old.
+
+    All (B, T); `clip` in units of the return, None for the plain error. Schulman et al. 2016 (GAE), section 5;
+    the clipping is that of OpenAI's PPO implementation.
+    """
+    error = (values - returns).square()
+    if clip is not None:
+        limited = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (limited - returns).square())
+    return error / 2
+
+
+def token_weights(mask: Tensor, aggregate: Literal["token", "sequence"]) -> Tensor:
+    """Return weights (B, T) with which `(loss * weights).sum()` is the mean loss of a minibatch.
+
+    mask (B, T) of the WHOLE minibatch: rows may then go to any micro-batch and rank, and the sums add up. token: mean
+    over all tokens; sequence: mean over rollouts of each one's token mean, an empty completion counting as 0.
+    """
+    weights = mask.to(torch.float32)
+    if aggregate == "token":
+        return weights / weights.sum().clamp(min=1)
+    return weights / weights.sum(1, keepdim=True).clamp(min=1) / max(mask.shape[0], 1)
