@@ -1,0 +1,71 @@
+"""A tiny random Llama with tokenizer and chat template, in HF format on disk; nothing is downloaded."""
+
+from pathlib import Path
+from string import ascii_letters, digits, punctuation
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+SPECIALS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer with one token per ASCII character, the six specials first."""
+    alphabet = (*SPECIALS, "<unk>", *(ascii_letters + digits + punctuation + " \n"))
+    vocabulary = {token: index for index, token in enumerate(alphabet)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    core.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=list(SPECIALS[3:]),
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tiny_config(*, tied: bool, max_length: int = 256) -> LlamaConfig:
+    """Return the configuration of a two-layer Llama of about 60 k parameters."""
+    return LlamaConfig(
+        vocab_size=len(tiny_tokenizer()),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=max_length,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+
+
+def tiny_model(directory: Path, *, tied: bool = True, seed: int = 0, scale: float = 12.0) -> LlamaForCausalLM:
+    """Write a random model and its tokenizer to `directory` and return the model (float32, eval).
+
+    `scale` spreads the weights so that the next-token distribution is far from uniform and differs by seed.
+    """
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config(tied=tied)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(scale)
+    model.save_pretrained(directory)
+    tiny_tokenizer().save_pretrained(directory)
+    return model
+
+
+def load_tiny(directory: Path) -> LlamaForCausalLM:
+    """Load what `tiny_model` wrote."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
