@@ -30,7 +30,8 @@ FACTS: dict[str, AlgorithmFacts] = {
             needs_group=True,
             kl_where="loss",
             kl_estimator="k2",
-            fixed_point="at every token π(a|s) ∝ π₀(a|s)·exp(E[r|s,a]/(β·std)), std of the group (1 if not divided by)",
+            fixed_point="π(a|s) ∝ π₀(a|s)·exp(E[r|s,a]/(β·std)) at every token, for large n; std of the group, "
+            "1 if not divided by it; with one-token completions and std 1 this is π* ∝ π₀·exp(r/β)",
             paper="Shao et al. 2024, DeepSeekMath, arXiv:2402.03300",
         ),
         AlgorithmFacts(

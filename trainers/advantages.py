@@ -12,7 +12,8 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, divide_by_std: bool, ep
 
     rewards (B,), groups (B,) any integers -> (B,). The population deviation is used: advantages then have mean
     square 1 for every group size, so the step size does not change with n. A group with one member or without
-    spread gives exactly 0. GRPO: Shao et al. 2024 (DeepSeekMath), section 4.1.2.
+    spread gives exactly 0. As the mean includes the rollout itself, the expected gradient of groups of n is (n-1)/n
+    of the true one where nothing is divided. GRPO: Shao et al. 2024 (DeepSeekMath), section 4.1.2.
     """
     _, index = torch.unique(groups, return_inverse=True)
     number = int(index.max()) + 1 if index.numel() else 0

@@ -14,7 +14,9 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal
     """Return a per-token estimate, in nats, of KL(policy || reference) at tokens sampled from the policy.
 
     All (B, T). As values k1 and k3 are unbiased. As losses only k2 has the gradient of the KL in expectation: that
-    of k1 is 0, that of k3 belongs to KL(reference || policy). J. Schulman, "Approximating KL divergence", 2020.
+    of k1 is 0, that of k3 belongs to KL(reference || policy). Summed over a completion, k2 still leaves out how a token
+    changes the KL of later ones; k1 in the reward has the whole gradient. J. Schulman, "Approximating KL divergence",
+    2020.
     """
     log_ratio = logprobs - reference_logprobs
     match estimator:

@@ -1,0 +1,139 @@
+"""Losses against loops that spell out their definitions."""
+
+import math
+from typing import Literal, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trainers.kl import adapt
+from trainers.losses import behaviour_weights, clipped_surrogate, clipped_value_loss, kl_estimate, token_weights
+
+Estimator = Literal["k1", "k2", "k3"]
+Aggregate = Literal["token", "sequence"]
+SEEDS = st.integers(0, 10_000)
+SHAPE = (4, 5)
+
+
+def normals(seed: int, number: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(SHAPE, generator=generator, dtype=torch.float64) for _ in range(number)]
+
+
+def cells() -> list[tuple[int, int]]:
+    return [(row, t) for row in range(SHAPE[0]) for t in range(SHAPE[1])]
+
+
+def ragged_mask(seed: int) -> tuple[list[int], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths: list[int] = torch.randint(0, SHAPE[1] + 1, (SHAPE[0],), generator=generator).tolist()
+    return lengths, torch.arange(SHAPE[1]) < torch.tensor(lengths)[:, None]
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, estimator=st.sampled_from(get_args(Estimator)))
+def test_kl_estimate_against_a_loop(seed: int, estimator: Estimator) -> None:
+    logprobs, reference = normals(seed, 2)
+    got = kl_estimate(logprobs, reference, estimator)
+    for cell in cells():
+        p, q = math.exp(logprobs[cell].item()), math.exp(reference[cell].item())
+        expected = {"k1": math.log(p / q), "k2": math.log(q / p) ** 2 / 2, "k3": q / p - 1 - math.log(q / p)}
+        assert got[cell].item() == pytest.approx(expected[estimator], abs=1e-9)
+
+
+def test_k3_keeps_its_precision_near_zero() -> None:
+    got = kl_estimate(torch.tensor([[-1.0 + 2**-10]]), torch.tensor([[-1.0]]), "k3")
+    assert got.item() == pytest.approx((2**-10) ** 2 / 2, rel=1e-2)
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=SEEDS, low=st.sampled_from([0.1, 0.2]), high=st.sampled_from([0.2, 0.5]))
+def test_clipped_surrogate_against_a_loop(seed: int, low: float, high: float) -> None:
+    logprobs, old, advantages = normals(seed, 3)
+    logprobs = (old + 0.4 * logprobs).requires_grad_()
+    loss, clipped = clipped_surrogate(logprobs, old, advantages, clip_low=low, clip_high=high)
+    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+    for cell in cells():
+        ratio, advantage = math.exp((logprobs[cell] - old[cell]).item()), advantages[cell].item()
+        limited = min(max(ratio, 1 - low), 1 + high)
+        assert loss[cell].item() == pytest.approx(-min(ratio * advantage, limited * advantage))
+        outside = ratio > 1 + high if advantage > 0 else ratio < 1 - low
+        assert clipped[cell].item() == outside
+        assert gradient[cell].item() == pytest.approx(0.0 if outside else -ratio * advantage)
+
+
+def test_surrogate_has_the_gradient_of_reinforce_on_policy() -> None:
+    logits, advantages = torch.randn(4, 5, 7, dtype=torch.float64, requires_grad=True), normals(0, 1)[0]
+    logprobs = logits.log_softmax(-1)[..., 2]
+    loss, clipped = clipped_surrogate(logprobs, logprobs.detach(), advantages, clip_low=0.2, clip_high=0.2)
+    (got,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
+    (expected,) = torch.autograd.grad((-advantages * logprobs).sum(), logits)
+    assert torch.allclose(got, expected, atol=1e-14) and not clipped.any()
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, cap=st.sampled_from([0.5, 1.0, 2.0]))
+def test_behaviour_weights_against_a_loop(seed: int, cap: float) -> None:
+    old, behaviour = normals(seed, 2)
+    lengths, mask = ragged_mask(seed)
+    got = behaviour_weights(old.requires_grad_(), behaviour, mask, cap=cap)
+    assert not got.requires_grad
+    for row, t in cells():
+        ratio = math.exp(old[row, t].item() - behaviour[row, t].item())
+        assert got[row, t].item() == pytest.approx(min(ratio, cap) if t < lengths[row] else 0.0)
+
+
+def test_behaviour_weights_do_not_overflow() -> None:
+    got = behaviour_weights(torch.tensor([[0.0]]), torch.tensor([[-1e4]]), torch.tensor([[True]]), cap=2.0)
+    assert got.item() == pytest.approx(2.0)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS, clip=st.sampled_from([None, 0.2, 1.0]))
+def test_clipped_value_loss_against_a_loop(seed: int, clip: float | None) -> None:
+    values, old, returns = normals(seed, 3)
+    got = clipped_value_loss(values, old, returns, clip=clip)
+    for cell in cells():
+        value, before, target = values[cell].item(), old[cell].item(), returns[cell].item()
+        expected = (value - target) ** 2
+        if clip is not None:
+            expected = max(expected, (min(max(value, before - clip), before + clip) - target) ** 2)
+        assert got[cell].item() == pytest.approx(expected / 2)
+
+
+@settings(deadline=None, max_examples=40)
+@given(seed=SEEDS, aggregate=st.sampled_from(get_args(Aggregate)), cut=st.integers(0, SHAPE[0]))
+def test_token_weights_give_the_mean_however_rows_are_divided(seed: int, aggregate: Aggregate, cut: int) -> None:
+    lengths, mask = ragged_mask(seed)
+    loss = normals(seed, 1)[0]
+    rows = [loss[row, :length].tolist() for row, length in enumerate(lengths)]
+    if aggregate == "token":
+        expected = sum(map(sum, rows)) / max(sum(lengths), 1)
+    else:
+        expected = sum(sum(row) / len(row) for row in rows if row) / len(rows)
+    weights = token_weights(mask, aggregate)
+    assert not weights[~mask].any()
+    parts = [(loss[part] * weights[part]).sum().item() for part in (slice(cut), slice(cut, None))]
+    assert sum(parts) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("observed", "expected"),
+    [(6.0, 0.05), (6.6, 0.0505), (60.0, 0.051), (5.4, 0.0495), (0.0, 0.049), (-3.0, 0.049)],
+)
+def test_adapt_is_proportional_within_twenty_percent(observed: float, expected: float) -> None:
+    assert adapt(0.05, observed, 6.0, horizon=1000, samples=100) == pytest.approx(expected)
+
+
+def test_adapt_stays_positive_when_a_step_is_longer_than_the_horizon() -> None:
+    assert adapt(0.05, 0.0, 6.0, horizon=10, samples=1000) == pytest.approx(0.04)
+
+
+def test_adapt_brings_the_kl_to_its_target() -> None:
+    coefficient = 5.0
+    for _ in range(400):  # a policy whose KL falls with the coefficient
+        coefficient = adapt(coefficient, 1 / coefficient, target=2.0, horizon=1000, samples=200)
+    assert 1 / coefficient == pytest.approx(2.0, rel=1e-3)
