@@ -245,13 +245,32 @@ def test_grpo_takes_the_kl_of_the_whole_completion_off_the_reward() -> None:
     assert torch.allclose(outputs.advantages, expected[:, None] * mask) and outputs.returns is None
 
 
-@pytest.mark.parametrize(("name", "missing"), [("ppo", "values"), ("ppo", "kl"), ("grpo", "kl")])
-def test_a_missing_input_is_an_error(name: str, missing: str) -> None:
+def test_ppo_whitens_the_estimates_over_the_batch() -> None:
+    mask = torch.tensor([[True, True], [True, False]])
+    inputs = AdvantageInputs(
+        rewards=torch.tensor([4.0, 1.0]),
+        groups=torch.tensor([0, 1]),
+        mask=mask,
+        kl=torch.tensor([[1.0, 3.0], [-2.0, 99.0]]),
+        kl_coefficient=0.5,
+        values=torch.tensor([[1.0, 0.5], [0.0, 99.0]]),
+        lam=0.0,
+    )
+    # One-step estimates: -0.5·1 + 0.5 - 1 = -1, (4 - 0.5·3) - 0.5 = 2, and 1 + 0.5·2 = 2; mean 1, variance 2.
+    outputs = ALGORITHMS["ppo"].advantages(inputs)
+    assert torch.allclose(outputs.advantages, torch.tensor([[-2.0, 1.0], [1.0, 0.0]]) / 2**0.5)
+    assert outputs.returns is not None and outputs.returns.tolist() == [[0.0, 2.5], [2.0, 0.0]]
+
+
+def test_a_missing_input_is_an_error() -> None:
     logprobs = bandit(random_logits(64))
     inputs = replace(inputs_at(logprobs, logprobs), values=torch.zeros(64, 1))
-    ALGORITHMS[name].advantages(inputs)
-    with pytest.raises(ValueError, match="values" if missing == "values" else "KL"):
-        ALGORITHMS[name].advantages(replace(inputs, **{missing: None}))
+    for name in ALGORITHMS:
+        ALGORITHMS[name].advantages(inputs)
+        with pytest.raises(ValueError, match="KL"):
+            ALGORITHMS[name].advantages(replace(inputs, kl=None))
+    with pytest.raises(ValueError, match="values"):
+        ALGORITHMS["ppo"].advantages(replace(inputs, values=None))
 
 
 def test_the_table_is_complete_and_its_defaults_are_accepted() -> None:
