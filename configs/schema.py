@@ -5,7 +5,9 @@ Imports neither torch, ray nor vllm: a recipe is checked before anything heavy s
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from configs.algorithms import FACTS
 
 
 class Section(BaseModel):
@@ -87,6 +89,8 @@ class Loop(Section):
 
 
 class KL(Section):
+    """Where and how the distance from the reference is charged; what is not given, the algorithm decides."""
+
     where: Literal["loss", "reward", "none"] = "loss"
     estimator: Literal["k1", "k2", "k3"] = "k2"
     coefficient: float = Field(0.05, ge=0)
@@ -113,6 +117,17 @@ class Algorithm(Section):
     """Divide group advantages by the group's standard deviation."""
     aggregate: Literal["token", "sequence"] = "token"
     """Average the loss over all tokens of a minibatch, or per sequence first."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kl_of_the_algorithm(cls, given: Any) -> Any:
+        """Fill in the algorithm's own place and estimator of the KL term."""
+        facts = FACTS.get(given.get("name", "grpo")) if isinstance(given, dict) else None
+        kl = given.get("kl", {}) if isinstance(given, dict) else None
+        if facts is None or not isinstance(kl, dict):
+            return given
+        where = kl.get("where", facts.kl_where)
+        return given | {"kl": {"where": where, "estimator": "k1" if where == "reward" else "k2"} | kl}
 
 
 class Optimizer(Section):

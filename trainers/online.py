@@ -71,14 +71,17 @@ async def run(
     await actors.generator.load(start)
     async with asyncio.TaskGroup() as loops:
         rolling = loops.create_task(roll_out(prompts, actors.generator, actors.scorers, buffer))
-        loops.create_task(evaluate(pinned, actors.evaluator, journal))
+        evaluating = loops.create_task(evaluate(pinned, actors.evaluator, journal))
         for weights in unfinished:
             await pinned.put(weights)
         if await journal.pin(start):
             await pinned.put(start)
         await train(actors.learner, actors.generator, buffer, journal, pinned, version=start.version, steps=steps)
         rolling.cancel()
-        await pinned.put(None)
+        if journal.stopping():  # what is pinned but not evaluated is evaluated after the resume
+            evaluating.cancel()
+        else:
+            await pinned.put(None)
 
 
 async def roll_out(

@@ -1,0 +1,213 @@
+"""Fan-out: several Ray actors behind the one port that the loop sees."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from trainers.types import (
+    Batch,
+    Evaluation,
+    Floats,
+    Group,
+    InfraError,
+    Ints,
+    Prompt,
+    Sampling,
+    StepStats,
+    Weights,
+)
+
+log = logging.getLogger("headroom")
+BACK_OFF_S = 1.0
+
+
+async def call(reference: Any, what: str, deadline_s: float) -> Any:
+    """Await a remote call and raise its own error, or InfraError when the actor or the deadline failed."""
+    try:
+        return await asyncio.wait_for(_resolve(reference), deadline_s)
+    except TimeoutError:
+        raise InfraError(f"{what}: no answer after {deadline_s:g} s") from None
+    except (RayActorError, GetTimeoutError) as error:
+        raise InfraError(f"{what}: {str(error).splitlines()[0]}") from error
+    except RayTaskError as error:
+        raise error.cause if isinstance(error.cause, Exception) else error from error
+
+
+async def _resolve(reference: Any) -> Any:
+    return await reference
+
+
+class LeastLoaded:
+    """Sends each request to the replica with the fewest requests in flight."""
+
+    def __init__(self, replicas: Sequence[Any]) -> None:
+        self.replicas = list(replicas)
+        self._load = [0] * len(self.replicas)
+
+    async def request(self, method: str, *args: Any, what: str, deadline_s: float, retries: int = 0) -> Any:
+        """Call `method` on a replica; on InfraError try the others again, `retries` times with back-off."""
+        for attempt in range(retries + 1):
+            index = min(range(len(self._load)), key=self._load.__getitem__)
+            self._load[index] += 1
+            try:
+                return await call(getattr(self.replicas[index], method).remote(*args), what, deadline_s)
+            except InfraError as error:
+                if attempt == retries:
+                    raise
+                log.warning("%s; trying again (%d of %d)", error, attempt + 1, retries)
+                await asyncio.sleep(BACK_OFF_S * 2**attempt)
+            finally:
+                self._load[index] -= 1
+        raise AssertionError("unreachable")
+
+
+class GeneratorGroup:
+    """N generator replicas that serve one policy version."""
+
+    def __init__(
+        self, replicas: Sequence[Any], sampling: Sampling, *, probe: Ints, learner: "LearnerGroup", deadline_s: float,
+        retries: int,
+    ) -> None:
+        self._replicas = LeastLoaded(replicas)
+        self._sampling = sampling
+        self._probe = probe
+        self._learner = learner
+        self._deadline_s = deadline_s
+        self._retries = retries
+        self._gauges: dict[str, float] = {}
+
+    async def generate(self, prompt: Prompt) -> Group:
+        """Sample one group on the least loaded replica."""
+        return await self._replicas.request(
+            "generate", prompt, self._sampling, what=f"generating {prompt.uid}", deadline_s=self._deadline_s,
+            retries=self._retries,
+        )
+
+    async def load(self, weights: Weights) -> None:
+        """Load `weights` on every replica, and measure how far each is from the learner on the probe."""
+        began = time.monotonic()
+        what = f"loading version {weights.version}"
+        loads = [replica.load.remote(weights) for replica in self._replicas.replicas]
+        await asyncio.gather(*(call(load, what, self._deadline_s) for load in loads))
+        self._gauges["sync/seconds"] = time.monotonic() - began
+        expected = await self._learner.probe_logprobs(self._probe)
+        probes = [replica.probe.remote(self._probe) for replica in self._replicas.replicas]
+        found = await asyncio.gather(*(call(probe, "probing the generator", self._deadline_s) for probe in probes))
+        self._gauges["sync/logprob_gap"] = max(float(np.abs(logprobs - expected).max()) for logprobs in found)
+
+    def gauges(self) -> Mapping[str, float]:
+        """Return what the last load took and how exact it was."""
+        return self._gauges
+
+
+class ScorerGroup:
+    """Replicas of a reward or reference actor."""
+
+    def __init__(self, name: str, replicas: Sequence[Any], *, deadline_s: float, retries: int = 1) -> None:
+        self._name = name
+        self._replicas = LeastLoaded(replicas)
+        self._deadline_s = deadline_s
+        self._retries = retries
+
+    async def score(self, group: Group) -> Sequence[Mapping[str, Any]]:
+        """Score one group on the least loaded replica."""
+        return await self._replicas.request(
+            "score", group, what=f"{self._name} of {group.prompt.uid}", deadline_s=self._deadline_s,
+            retries=self._retries,
+        )
+
+
+class LearnerGroup:
+    """The ranks of the policy, and those of the critic where the algorithm has one."""
+
+    def __init__(self, ranks: Sequence[Any], critic: Sequence[Any], *, version: int, deadline_s: float) -> None:
+        self._ranks = ranks
+        self._critic = critic
+        self._deadline_s = deadline_s
+        self.version = version
+
+    async def step(self, batch: Batch) -> StepStats:
+        """Train policy and critic at once; values are computed here, so they are never stale."""
+        values = (await self._each(self._critic, "values", batch))[0] if self._critic else None
+        stats, critic = await asyncio.gather(
+            self._each(self._ranks, "step", batch, values), self._each(self._critic, "step", batch, values)
+        )
+        metrics = {**stats[0].metrics, **(critic[0] if critic else {})}
+        return StepStats(
+            loss=stats[0].loss, grad_norm=stats[0].grad_norm, metrics=metrics, rng_hash=stats[0].rng_hash
+        )
+
+    async def publish(self) -> Weights:
+        """Advance the version and publish its weights."""
+        weights = await self.weights(self.version + 1)
+        self.version = weights.version
+        return weights
+
+    async def weights(self, version: int) -> Weights:
+        """Make the current parameters available as `version`."""
+        return (await self._each(self._ranks, "publish", version))[0]
+
+    async def probe_logprobs(self, probe: Ints) -> Floats:
+        """Return the learner's own prompt log-probs of the probe, (L-1,)."""
+        return (await self._each(self._ranks, "probe_logprobs", probe))[0]
+
+    async def save(self, path: str) -> None:
+        """Write every rank's engine and random state below `path`."""
+        await asyncio.gather(
+            self._each(self._ranks, "save", f"{path}/policy"), self._each(self._critic, "save", f"{path}/critic")
+        )
+
+    async def load(self, path: str) -> None:
+        """Read what `save` wrote."""
+        await asyncio.gather(
+            self._each(self._ranks, "load", f"{path}/policy"), self._each(self._critic, "load", f"{path}/critic")
+        )
+
+    async def export(self, path: str) -> None:
+        """Write the policy in HF format."""
+        await self._each(self._ranks, "export", path)
+
+    async def _each(self, ranks: Sequence[Any], method: str, *args: Any) -> list[Any]:
+        shared = [ray.put(arg) if isinstance(arg, Batch) else arg for arg in args]
+        calls = [getattr(rank, method).remote(*shared) for rank in ranks]
+        return await asyncio.gather(*(call(c, f"learner {method}", self._deadline_s) for c in calls))
+
+
+class EvaluatorGroup:
+    """The evaluator actor, told which versions are the run's first, middle and last."""
+
+    def __init__(self, actor: Any | None, *, steps: int, every: int, deadline_s: float) -> None:
+        self._actor = actor
+        self._deadline_s = deadline_s
+        self._landmarks = {0, every * round(steps / 2 / every), steps}
+
+    async def evaluate(self, weights: Weights) -> Sequence[Evaluation]:
+        """Run the tasks due at this version."""
+        if self._actor is None:
+            return []
+        landmark = weights.version in self._landmarks
+        call_ = self._actor.evaluate.remote(weights, landmark)
+        return await call(call_, f"evaluating version {weights.version}", self._deadline_s)
+
+
+class Busy:
+    """Share of its time that each actor worked since the last reading."""
+
+    def __init__(self, actors: Mapping[str, Any]) -> None:
+        self._actors = actors  # name -> handle with an async `busy_seconds()`
+        self._last = dict.fromkeys(actors, 0.0)
+
+    async def read(self) -> dict[str, float]:
+        """Return `time/<actor>_busy` in seconds since the last reading."""
+        totals = await asyncio.gather(*(call(a.busy_seconds.remote(), n, 60) for n, a in self._actors.items()))
+        busy = {}
+        for name, total in zip(self._actors, totals, strict=True):
+            busy[f"time/{name}_busy"] = total - self._last[name]
+            self._last[name] = total
+        return busy

@@ -1,0 +1,103 @@
+"""Where the actors run: one placement group, one bundle per actor process."""
+
+import asyncio
+import logging
+import math
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from configs.errors import UserError
+from configs.schema import Recipe, Resources
+from trainers.algorithms import ALGORITHMS
+from trainers.types import InfraError
+
+log = logging.getLogger("headroom")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """One actor process: its name, and what it needs."""
+
+    name: str  # "generator-0"
+    resources: Resources
+
+
+def seats(recipe: Recipe) -> list[Seat]:
+    """List every actor process that `recipe` starts."""
+    algorithm = ALGORITHMS[recipe.algorithm.name]
+    wanted = [
+        ("learner", recipe.learner.ranks, recipe.learner.resources),
+        ("critic", recipe.critic.ranks if algorithm.needs_critic else 0, recipe.critic.resources),
+        ("generator", recipe.generator.replicas, recipe.generator.resources),
+        ("reward", recipe.reward.replicas, recipe.reward.resources),
+        ("reference", int(recipe.algorithm.kl.where != "none"), recipe.reference.resources),
+        ("evaluator", int(bool(recipe.evaluation.tasks)), recipe.evaluation.resources),
+    ]
+    return [Seat(name=f"{role}-{i}", resources=res) for role, count, res in wanted for i in range(count)]
+
+
+class Placement:
+    """A reserved placement group; `options` puts an actor on its seat."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._seats = seats(recipe)
+        self._group: PlacementGroup = placement_group([_bundle(seat.resources) for seat in self._seats], "PACK")
+        self._deadline_s = recipe.ray.placement_s
+
+    async def ready(self) -> None:
+        """Wait for the bundles. Raises UserError with what was asked and what there is."""
+        try:
+            await asyncio.wait_for(_resolve(self._group.ready()), self._deadline_s)
+        except TimeoutError:
+            asked = {kind: math.fsum(b.get(kind, 0) for b in self._group.bundle_specs) for kind in ("CPU", "GPU")}
+            there = ray.cluster_resources()
+            remove_placement_group(self._group)
+            raise UserError(
+                f"no place for the actors: they ask for {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs, the cluster has "
+                f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}; lower the *.resources or replicas, or add nodes"
+            ) from None
+
+    def options(self, name: str) -> dict[str, Any]:
+        """Return the Ray options of the actor on seat `name`."""
+        index = next(i for i, seat in enumerate(self._seats) if seat.name == name)
+        resources = self._seats[index].resources
+        return {
+            "num_cpus": resources.cpus,
+            "num_gpus": resources.gpus,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+        }
+
+
+def _bundle(resources: Resources) -> dict[str, float]:
+    # Ray refuses an empty bundle; a seat without CPUs or GPUs still needs a place.
+    return {"CPU": max(resources.cpus, 0.01)} | ({"GPU": resources.gpus} if resources.gpus else {})
+
+
+async def _resolve(reference: Any) -> Any:
+    return await reference
+
+
+async def all_ready(starting: Mapping[str, Awaitable[Any]], deadline_s: float, every_s: float = 15) -> None:
+    """Wait for the actors to come up, saying which are still missing. Raises InfraError after the deadline."""
+    tasks = {asyncio.ensure_future(_finish(start)): name for name, start in starting.items()}
+    waited = 0.0
+    pending = set(tasks)
+    while pending:
+        done, pending = await asyncio.wait(pending, timeout=every_s, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+        if pending:
+            waited += every_s
+            missing = ", ".join(sorted(tasks[task] for task in pending))
+            if waited >= deadline_s:
+                raise InfraError(f"not up after {waited:.0f} s: {missing}; see the actors' logs")
+            log.info("waiting for %s (%.0f of %.0f s)", missing, waited, deadline_s)
+
+
+async def _finish(start: Awaitable[Any]) -> Any:
+    return await start

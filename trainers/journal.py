@@ -1,0 +1,188 @@
+"""What a run remembers: ledger, metrics, samples, checkpoints, and the versions pinned for evaluation."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configs.schema import Recipe
+from trainers import checkpoint
+from trainers.batch import rollout_metrics
+from trainers.buffer import Take
+from trainers.ledger import Entry, Ledger
+from trainers.pins import Pins, best_version
+from trainers.rundir import RunDir
+from trainers.tracking import Tracker
+from trainers.types import Evaluation, StepStats, Weights
+
+log = logging.getLogger("headroom")
+SAMPLES_EVERY = 5  # versions between tables of completions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hands:
+    """What the journal asks the actors to do."""
+
+    save: Callable[[str], Awaitable[None]]  # the learner's state below a directory
+    export: Callable[[str], Awaitable[None]]  # the policy in HF format
+    gauges: Callable[[], Awaitable[Mapping[str, float]]]  # busy times, sync, counters
+    show: Callable[[int, Mapping[str, float], float | None], None]  # the progress line
+
+
+class RunJournal:
+    """The Journal of a real run, on disk in `rundir` and in MLflow through `tracker`."""
+
+    def __init__(
+        self, recipe: Recipe, rundir: RunDir, tracker: Tracker, pins: Pins, hands: Hands, *, position: int,
+        incarnation: int,
+    ) -> None:
+        self.position = position
+        self._recipe = recipe
+        self._rundir = rundir
+        self._tracker = tracker
+        self._hands = hands
+        self._incarnation = incarnation
+        self._ledger = Ledger(rundir.ledger)
+        self._finished = time.monotonic()
+        self._stop = asyncio.Event()
+        self._primary: dict[int, float] = {}  # version -> mean of the primary evaluation
+        self._evaluated: dict[int, dict[str, float]] = {}
+        self._pins = pins
+        self.latest: float | None = None
+        self.last_saved = -1
+
+    def stop(self) -> None:
+        """Ask the run to end after the current step, with a checkpoint."""
+        self._stop.set()
+
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stop.is_set()
+
+    async def record(self, take: Take, stats: StepStats, weights: Weights) -> None:
+        """Append to the ledger, log the metrics, and save a checkpoint when one is due."""
+        self.position += take.retired
+        self._ledger.append(
+            Entry(
+                step=weights.version,
+                version=weights.version,
+                prompts=tuple(group.prompt.uid for group in take.groups),
+                rollouts=tuple(rollout.uid for group in take.groups for rollout in group.rollouts),
+                discarded={gone.prompt.uid: gone.reason for gone in take.discarded},
+                loss=stats.loss,
+                grad_norm=stats.grad_norm,
+                weights_hash=weights.hash,
+                rng_hash=stats.rng_hash,
+                incarnation=self._incarnation,
+            )
+        )
+        metrics = await self._measure(take, stats, weights)
+        self._tracker.log_metrics(weights.version, metrics)
+        self._hands.show(weights.version, metrics, self.latest)
+        if weights.version % SAMPLES_EVERY == 0 or weights.version == 1:
+            self._tracker.log_samples(weights.version, sample_rows(take))
+        last = weights.version == self._recipe.run.steps or self.stopping()
+        if weights.version % self._recipe.run.checkpoint_every == 0 or last:
+            await self.save(weights)
+
+    async def _measure(self, take: Take, stats: StepStats, weights: Weights) -> dict[str, float]:
+        now = time.monotonic()
+        seconds, self._finished = now - self._finished, now
+        rollouts = [rollout for group in take.groups for rollout in group.rollouts]
+        return {
+            **rollout_metrics(take.groups, weights.version - 1),
+            **stats.metrics,
+            **await self._hands.gauges(),
+            "rollout/discarded": float(len(take.discarded)),
+            "time/step": seconds,
+            "throughput/samples_per_s": len(rollouts) / seconds,
+            "throughput/tokens_per_s": sum(len(rollout.token_ids) for rollout in rollouts) / seconds,
+        }
+
+    async def save(self, weights: Weights) -> None:
+        """Write one checkpoint, complete or not at all, and forget the older ones."""
+        loop = asyncio.get_running_loop()
+
+        def write(path: Path) -> None:
+            asyncio.run_coroutine_threadsafe(as_coroutine(self._hands.save(str(path))), loop).result()
+
+        meta = {
+            "step": weights.version,
+            "version": weights.version,
+            "position": self.position,
+            "incarnation": self._incarnation,
+            "mlflow_run_id": self._tracker.run_id,
+        }
+        path = await asyncio.to_thread(checkpoint.save, self._rundir.checkpoints, weights.version, write, meta)
+        checkpoint.prune(self._rundir.checkpoints, keep=self._recipe.run.keep_checkpoints, protect=())
+        self.last_saved = weights.version
+        self._tracker.log_checkpoint(path, weights.version)
+
+    async def pin(self, weights: Weights) -> bool:
+        """Keep the weights of a due version as an HF model until it is evaluated, and after that if it is the best."""
+        settings = self._recipe.evaluation
+        due = weights.version % settings.every == 0 or weights.version == self._recipe.run.steps
+        if not due or not settings.tasks or weights.version in self._evaluated:
+            return False
+        await self._pins.keep(weights.version, self._hands.export)
+        return True
+
+    async def evaluated(self, results: Sequence[Evaluation]) -> None:
+        """Log one version's evaluations; keep its weights only if it is the best so far."""
+        if not results:
+            return
+        self._tracker.log_evaluations(results)
+        self._note(results)
+        pending = set(self._pins.versions()) - self._evaluated.keys()
+        keep = pending | {self._recipe.run.steps}
+        self._pins.keep_only(best_version(self._primary), keep)
+
+    def recall(self, results: Mapping[int, Sequence[Evaluation]]) -> list[int]:
+        """Take over an earlier incarnation's evaluations; return the versions it pinned but never evaluated."""
+        for _, of_version in sorted(results.items()):
+            self._note(of_version)
+        return [version for version in self._pins.versions() if version not in self._evaluated]
+
+    def _note(self, results: Sequence[Evaluation]) -> None:
+        version, means = results[0].version, evaluation_means(results)
+        self._evaluated[version] = means
+        if self._recipe.evaluation.primary in means:
+            self._primary[version] = self.latest = means[self._recipe.evaluation.primary]
+
+    @property
+    def evaluations(self) -> Mapping[int, Mapping[str, float]]:
+        """Version -> `task/metric` -> mean."""
+        return self._evaluated
+
+    @property
+    def best(self) -> tuple[int, Path] | None:
+        """The version that is best by the primary evaluation, and its HF model."""
+        version = best_version(self._primary)
+        return None if version is None else (version, self._pins.path(version))
+
+
+async def as_coroutine(awaitable: Awaitable[None]) -> None:
+    """Await anything awaitable; run_coroutine_threadsafe takes coroutines only."""
+    await awaitable
+
+
+def evaluation_means(results: Sequence[Evaluation]) -> dict[str, float]:
+    """Return `task/metric` -> mean over the prompts."""
+    return {
+        f"{result.task}/{metric}": float(np.mean(scores)) for result in results for metric, scores in result.scores.items()
+    }
+
+
+def sample_rows(take: Take, groups: int = 4) -> list[dict[str, Any]]:
+    """Return one completion of each of the first groups as table rows."""
+    rows: list[dict[str, Any]] = []
+    for group in take.groups[:groups]:
+        rollout = group.rollouts[0]
+        prompt = group.prompt.messages[-1]["content"] if group.prompt.messages else ""
+        rows.append({"prompt": prompt, "completion": rollout.text, "reward": rollout.reward, **rollout.rewards})
+    return rows
