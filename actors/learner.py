@@ -1,0 +1,122 @@
+"""The learner's Ray actors: one process per rank of the policy, or of the critic.
+
+The classes are plain; the launcher makes actors of them with `ray.remote(LearnerRank).options(...)`. All ranks of a
+group must get the same calls in the same order, since most of them are collectives.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+import torch
+from torch import Tensor
+
+from configs.schema import Engine, Recipe
+from trainers.critic import Critic
+from trainers.engine import free_port
+from trainers.learner import Learner
+from trainers.types import Batch, Floats, Ints, StepStats
+
+
+class _Rank:
+    """What the ranks of policy and critic have in common: a place in a group, and a clock."""
+
+    def __init__(self, recipe: Recipe, config: Engine, rank: int, world_size: int) -> None:
+        self.recipe, self.rank, self.world_size = recipe, rank, world_size
+        torch.set_num_threads(config.threads or max(1, int(config.resources.cpus)))
+        self._busy = 0.0
+        self._since = time.monotonic()
+
+    def rendezvous(self) -> tuple[str, int]:
+        """Return address and free port of this node; that of rank 0 is where the group meets."""
+        return ray.util.get_node_ip_address(), free_port()
+
+    def times(self) -> dict[str, float]:
+        """Return the seconds spent busy and waiting since the last call."""
+        now = time.monotonic()
+        elapsed, busy = now - self._since, self._busy
+        self._since, self._busy = now, 0.0
+        return {"busy": busy, "waiting": max(elapsed - busy, 0.0)}
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._busy += time.monotonic() - start
+
+
+class LearnerRank(_Rank):
+    """One rank of the policy's learner; call `start` on all ranks together before anything else."""
+
+    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(recipe, recipe.learner, rank, world_size)
+
+    def start(self, master_addr: str, master_port: int) -> None:
+        """Load the policy and join the group."""
+        self.learner = Learner(self.recipe, self.rank, self.world_size, master_addr, master_port)
+
+    def step(self, batch: Batch, values: Floats | None = None) -> StepStats:
+        """Train on `batch` once."""
+        with self._working():
+            return self.learner.step(batch, values)
+
+    def state_dict_for_publish(self) -> dict[str, Tensor]:
+        """Return the weights by HF name on rank 0, {} on others."""
+        with self._working():
+            return self.learner.state_dict_for_publish()
+
+    def probe_logprobs(self, token_ids: Ints) -> Floats:
+        """Return untempered log-probs (L - 1,) of a text of L tokens."""
+        return self.learner.probe_logprobs(token_ids)
+
+    def save(self, directory: Path) -> None:
+        """Write the training state."""
+        with self._working():
+            self.learner.save(directory)
+
+    def load(self, directory: Path) -> None:
+        """Restore the training state."""
+        self.learner.load(directory)
+
+    def export(self, directory: Path) -> None:
+        """Write the policy in HF format."""
+        with self._working():
+            self.learner.export(directory)
+
+    def rng_hash(self) -> str:
+        """Return the hash of the random state."""
+        return self.learner.rng_hash()
+
+
+class CriticRank(_Rank):
+    """One rank of the critic; call `start` on all ranks together before anything else."""
+
+    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(recipe, recipe.critic, rank, world_size)
+
+    def start(self, master_addr: str, master_port: int) -> None:
+        """Load the value model and join the group."""
+        self.critic = Critic(self.recipe, self.rank, self.world_size, master_addr, master_port)
+
+    def values(self, batch: Batch) -> Floats:
+        """Return the values (B, T) of the states before each completion token."""
+        with self._working():
+            return self.critic.values(batch)
+
+    def step(self, batch: Batch, values: Floats) -> dict[str, float]:
+        """Fit the returns; return metrics."""
+        with self._working():
+            return self.critic.step(batch, values)
+
+    def save(self, directory: Path) -> None:
+        """Write the training state."""
+        with self._working():
+            self.critic.save(directory)
+
+    def load(self, directory: Path) -> None:
+        """Restore the training state."""
+        self.critic.load(directory)

@@ -1,0 +1,63 @@
+"""Helpers of the engine tests: a tiny model, a batch of unequal lengths, and work in a process group of its own."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from configs.schema import Recipe
+from trainers.types import Batch
+
+VOCABULARY = 61
+
+
+def tiny_policy(directory: Path, *, tied: bool = True, seed: int = 0) -> str:
+    """Write a random Llama of 2 layers and 32 hidden units with a tokenizer of whole words."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(directory)
+    return str(directory)
+
+
+def random_batch(*, seed: int = 0, groups: int = 3, n: int = 4, longest: int = 9) -> Batch:
+    """Draw a batch whose prompts and completions all differ in length."""
+    rng = np.random.default_rng(seed)
+    rows = groups * n
+    lengths = rng.integers(1, longest + 1, rows)
+    lengths[0] = longest
+    mask = np.arange(longest) < lengths[:, None]
+    prompts = [rng.integers(3, VOCABULARY, rng.integers(2, 12)).astype(np.int32) for _ in range(groups)]
+    behaviour = rng.normal(-4, 0.3, mask.shape).astype(np.float32) * mask
+    return Batch(
+        version=0,
+        uids=tuple(f"s{seed}-{i}" for i in range(rows)),
+        prompt_ids=tuple(prompts[i // n] for i in range(rows)),
+        completion_ids=(rng.integers(3, VOCABULARY, mask.shape) * mask).astype(np.int32),
+        mask=mask,
+        behaviour_logprobs=behaviour,
+        reference_logprobs=(behaviour + rng.normal(0, 0.1, mask.shape) * mask).astype(np.float32),
+        token_versions=np.zeros(mask.shape, np.int32),
+        rewards=rng.normal(size=rows).astype(np.float32),
+        groups=np.repeat(np.arange(groups), n).astype(np.int32),
+    )
+
+
+def recipe(path: str, **sections: dict[str, Any]) -> Recipe:
+    """Return a recipe for the tiny policy in fp32."""
+    learner = {"optimizer": {"learning_rate": 1e-2}, **sections.pop("learner", {})}
+    return Recipe.model_validate(
+        {"run": {"name": "test", "steps": 10}, "model": {"path": path, "dtype": "float32"}, "data": {"path": "none"},
+         "learner": learner, **sections}
+    )

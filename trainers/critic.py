@@ -1,0 +1,114 @@
+"""One rank of the critic's learner."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configs import schema
+from trainers import targets
+from trainers.engine import Process, TrainEngine
+from trainers.losses import clipped_value_loss, token_weights
+from trainers.microbatch import MicroBatch, plan
+from trainers.models import ValueModel, export, fields, load_sequence_classifier, sequences
+from trainers.types import Batch, Floats
+
+
+class Critic:
+    """The value model and its optimizer on one rank. Every method is a collective: all ranks call it alike."""
+
+    def __init__(
+        self, recipe: schema.Recipe, rank: int = 0, world_size: int = 1, master_addr: str = "127.0.0.1",
+        master_port: int = 0, total_steps: int | None = None,
+    ) -> None:
+        self.config, self.algorithm = recipe.critic, recipe.algorithm
+        self.path = recipe.critic.path or recipe.model.path
+        updates = (total_steps or recipe.run.steps) * self.algorithm.epochs * self.algorithm.minibatches
+        process = Process(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
+        self.engine = TrainEngine(
+            ValueModel(load_sequence_classifier(self.path, recipe.model.dtype)), recipe.critic,
+            dtype=recipe.model.dtype, total_steps=updates, process=process,
+        )
+        self.generator = np.random.default_rng(recipe.run.seed)
+        self.kl = targets.KLCoefficient(config=self.algorithm.kl, value=self.algorithm.kl.coefficient)
+
+    def values(self, batch: Batch) -> Floats:
+        """Return the values (B, T) of the states before each completion token, 0 outside the mask, on all ranks."""
+        values = torch.zeros(batch.mask.shape)
+        rows = list(range(len(batch.uids)))
+        micro_batches = plan(rows, targets.lengths(batch), self.config.token_budget, self.engine.world_size)
+        with torch.no_grad():
+            for micro in micro_batches[self.engine.rank]:
+                predicted = self._forward(batch, list(micro.rows))
+                if micro.counts:
+                    values[list(micro.rows)] = predicted.cpu()
+        gathered: Floats = self.engine.all_sum(values).numpy()
+        return gathered
+
+    def step(self, batch: Batch, values: Floats) -> dict[str, float]:
+        """Fit the returns that follow from `batch` and its `values` (B, T); return metrics under their documented names.
+
+        Raises ValueError if the algorithm has no critic.
+        """
+        returns = targets.advantages(batch, self.algorithm, self.kl.value, values).returns
+        if returns is None:
+            raise ValueError(f"algorithm {self.algorithm.name} gives no returns to fit a critic to")
+        old, losses, norms = torch.tensor(values), [], []
+        for rows in targets.minibatches(batch, self.algorithm.epochs, self.algorithm.minibatches, self.generator):
+            loss, norm = self._update(batch, rows, old, returns)
+            losses.append(loss)
+            norms.append(norm)
+        self.kl.observe(batch)
+        mask = torch.tensor(batch.mask)
+        unexplained = (returns - old)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
+        return {
+            "loss/value": float(self.engine.all_sum(torch.tensor(losses, dtype=torch.float64)).mean()),
+            "value/grad_norm": sum(norms) / len(norms),
+            "value/mean": float(old[mask].mean()),
+            "value/explained_variance": 1 - float(unexplained),
+        }
+
+    def _update(self, batch: Batch, rows: list[int], old: Tensor, returns: Tensor) -> tuple[float, float]:
+        """Take one optimizer step on `rows`; return this rank's share of the loss, and the gradient norm."""
+        weights = torch.zeros(batch.mask.shape)
+        weights[rows] = token_weights(torch.tensor(batch.mask[rows]), self.algorithm.aggregate)
+        shares: list[float] = []
+
+        def loss_fn(micro: MicroBatch) -> Tensor:
+            rows = list(micro.rows)
+            values = self._forward(batch, rows)
+            here = [tensor[rows].to(values.device) for tensor in (old, returns, weights)]
+            loss = clipped_value_loss(values, here[0], here[1], clip=self.algorithm.value_clip)
+            total = (loss * here[2]).sum() * micro.counts
+            shares.append(float(total.detach()))
+            return total
+
+        micro_batches = plan(rows, targets.lengths(batch), self.config.token_budget, self.engine.world_size)
+        norm = self.engine.step(micro_batches[self.engine.rank], loss_fn)
+        return sum(shares), norm
+
+    def _forward(self, batch: Batch, rows: list[int]) -> Tensor:
+        inputs = sequences(
+            [batch.prompt_ids[row] for row in rows], targets.completions(batch, rows), self.engine.device,
+            width=batch.mask.shape[1],
+        )
+        predicted: Tensor = self.engine.model(**fields(inputs))
+        return predicted
+
+    def save(self, directory: Path) -> None:
+        """Write everything `load` needs to go on bit-equal."""
+        extra = {"kl_coefficient": self.kl.value, "generator": self.generator.bit_generator.state}
+        self.engine.save(Path(directory), extra)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote, on as many ranks. Raises FileNotFoundError if there is nothing."""
+        extra = self.engine.load(Path(directory))
+        self.kl.value = float(extra["kl_coefficient"])
+        self.generator.bit_generator.state = extra["generator"]
+
+    def export(self, directory: Path) -> None:
+        """Write the value model in HF format, with its tokenizer."""
+        state = self.engine.state_dict()
+        if self.engine.rank == 0:
+            export(self.engine.hf, state, directory, self.path)

@@ -1,0 +1,220 @@
+"""DeepSpeed: the one place that imports it."""
+
+import logging
+import math
+import os
+import random
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():  # DeepSpeed decides while it is imported
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+
+from configs import schema  # noqa: E402
+
+deepspeed_logger.setLevel(logging.WARNING)
+
+TAG = "engine"
+GATHER_BYTES = 2**29  # of ZeRO-3 parameters at a time
+Micro = TypeVar("Micro")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """The place of this process in its torch.distributed group."""
+
+    rank: int = 0
+    world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0  # 0: any free one, for world size 1
+
+
+def join(process: Process, timeout_s: float = 600) -> None:
+    """Join the process group, gloo without a GPU and nccl with one. A process can be in one group only.
+
+    Raises RuntimeError if it is already in a group of another shape, or if the others do not come in time.
+    """
+    if torch.distributed.is_initialized():
+        shape = (torch.distributed.get_rank(), torch.distributed.get_world_size())
+        if shape != (process.rank, process.world_size):
+            raise RuntimeError(f"this process is already rank {shape[0]} of {shape[1]}, not {process}")
+        return
+    port = process.master_port or free_port()
+    os.environ |= {
+        "RANK": str(process.rank), "WORLD_SIZE": str(process.world_size), "LOCAL_RANK": "0",
+        "MASTER_ADDR": process.master_addr, "MASTER_PORT": str(port),
+    }
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+
+
+def free_port() -> int:
+    """Return a TCP port that is free now."""
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        port: int = listener.getsockname()[1]
+    return port
+
+
+def learning_rate_factor(step: int, schedule: Literal["constant", "linear", "cosine"], warmup: int, total: int) -> float:
+    """Return the share of the peak learning rate at optimizer step 0, 1, …: linear warm-up, then down to 0 at `total`."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return 1.0
+    done = min((step - warmup) / max(total - warmup, 1), 1.0)
+    return 1 - done if schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+
+def deepspeed_config(config: schema.Engine, dtype: Literal["float32", "bfloat16"]) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of `config`; batch sizes are 1 since we form micro-batches ourselves."""
+    optimizer = config.optimizer
+    offload = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    zero: dict[str, Any] = {"stage": config.zero}
+    if config.offload and config.zero:
+        zero["offload_optimizer"] = offload
+    if config.offload and config.zero == 3:
+        zero["offload_param"] = offload
+    if config.zero == 3:
+        zero["stage3_param_persistence_threshold"] = 0 if config.offload else 100_000
+    # torch's own AdamW: nothing to compile, on CPU or GPU.
+    adam = {"torch_adam": True, "lr": optimizer.learning_rate, "betas": list(optimizer.betas),
+            "weight_decay": optimizer.weight_decay}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": optimizer.max_grad_norm,
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "optimizer": {"type": "AdamW", "params": adam},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+    }
+
+
+class TrainEngine:
+    """A model under DeepSpeed on one rank.
+
+    Its loss convention: the ranks' micro-batch losses of one step add up to the loss of the minibatch.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: schema.Engine, *, dtype: Literal["float32", "bfloat16"], total_steps: int,
+        process: Process,
+    ) -> None:
+        join(process)
+        self.rank, self.world_size = process.rank, process.world_size
+        self.zero = config.zero
+        if config.gradient_checkpointing:
+            model.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]
+        rate = config.optimizer
+        self.model, self.optimizer, _, self.scheduler = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=deepspeed_config(config, dtype),
+            lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(
+                optimizer, lambda step: learning_rate_factor(step, rate.schedule, rate.warmup_steps, total_steps)
+            ),
+            dist_init_required=False,
+        )
+        self.model.train()  # there is no dropout; gradient checkpointing wants training mode
+        self.device: torch.device = self.model.device
+
+    @property
+    def hf(self) -> Any:
+        """The HF model inside."""
+        return self.model.module.hf
+
+    @property
+    def learning_rate(self) -> float:
+        """That of the next optimizer step."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def step(self, micro_batches: Sequence[Micro], loss_fn: Callable[[Micro], Tensor]) -> float:
+        """Take one optimizer step on the sum of all ranks' losses; return the gradient norm before clipping.
+
+        Every rank must bring equally many micro-batches.
+        """
+        for number, micro_batch in enumerate(micro_batches, start=1):
+            # DeepSpeed divides by a static number of micro-batches and averages over ranks: neither is our loss.
+            self.model.set_gradient_accumulation_boundary(number == len(micro_batches))
+            self.model.backward(loss_fn(micro_batch) * self.world_size)
+        norm = self._own_norm() if self.zero == 0 else None
+        self.model.step()
+        reported = self.model.get_global_grad_norm()
+        return float(norm if reported is None else reported)
+
+    def _own_norm(self) -> float:
+        # In fp32 without ZeRO DeepSpeed clips but does not tell the norm.
+        grads = [p.grad for p in self.model.module.parameters() if p.grad is not None]
+        return float(nn.utils.get_total_norm(grads)) if grads else 0.0
+
+    def all_sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum of `tensor` over ranks, on the CPU."""
+        total = tensor.detach().to(self.device, copy=True)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(total)
+        return total.cpu()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the weights under their HF names on the CPU of rank 0, tied ones once; other ranks get none.
+
+        A collective: all ranks must call it. ZeRO-3 parameters are gathered in buckets.
+        """
+        state: dict[str, Tensor] = {}
+        bucket: list[tuple[str, nn.Parameter]] = []
+        size = 0
+        named = list(self.model.module.named_parameters())
+        for place, (name, parameter) in enumerate(named, start=1):
+            bucket.append((name.removeprefix("hf."), parameter))
+            size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+            if size < GATHER_BYTES and place < len(named):
+                continue
+            with deepspeed.zero.GatheredParameters([p for _, p in bucket], enabled=self.zero == 3):
+                if self.rank == 0:
+                    state |= {n: p.detach().to("cpu", copy=True) for n, p in bucket}
+            bucket, size = [], 0
+        return state
+
+    def save(self, directory: Path, extra: Mapping[str, Any]) -> None:
+        """Write weights, optimizer, schedule, random state and `extra`; a collective."""
+        self.model.save_checkpoint(str(directory), tag=TAG, client_state={"extra": dict(extra)}, save_latest=False)
+        torch.save(random_state(), directory / f"random-rank{self.rank}.pt")
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Restore what `save` wrote, on as many ranks; return `extra`. Raises FileNotFoundError if there is none."""
+        path, client = self.model.load_checkpoint(str(directory), tag=TAG)
+        if path is None:
+            raise FileNotFoundError(f"no engine checkpoint in {directory}")
+        set_random_state(torch.load(directory / f"random-rank{self.rank}.pt", weights_only=False))
+        extra: dict[str, Any] = client["extra"]
+        return extra
+
+
+def random_state() -> dict[str, Any]:
+    """Return the state of torch's, numpy's and Python's global generators."""
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Restore what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])

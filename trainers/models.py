@@ -1,0 +1,205 @@
+"""The networks: HF models wrapped to return exactly what a loss needs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from trainers.microbatch import pack
+from trainers.types import Floats, Ints
+
+DType = Literal["float32", "bfloat16"]
+LOGITS_PER_CHUNK = 2**24  # 64 MB of fp32 logits at a time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sequences:
+    """b prompts with their completions, padded on the right to L tokens; completions to T tokens."""
+
+    input_ids: Tensor  # (b, L)
+    attention_mask: Tensor  # (b, L)
+    positions: Tensor  # (b, T) index in L of the state before each completion token
+    targets: Tensor  # (b, T) completion tokens
+    mask: Tensor  # (b, T) true on completion tokens
+
+
+def sequences(
+    prompt_ids: Sequence[Ints], completion_ids: Sequence[Ints], device: torch.device | str, *, width: int | None = None
+) -> Sequences:
+    """Put b prompts (P_i,) and completions (T_i,) into one padded batch; `width` sets T, by default the longest."""
+    lengths = [len(ids) for ids in completion_ids]
+    rows = [np.concatenate([p, c]) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    targets = torch.zeros(len(rows), max(lengths) if width is None else width, dtype=torch.long)
+    for i, (row, completion) in enumerate(zip(rows, completion_ids, strict=True)):
+        input_ids[i, : len(row)] = torch.from_numpy(row)
+        attention_mask[i, : len(row)] = 1
+        targets[i, : len(completion)] = torch.from_numpy(np.asarray(completion))
+    steps = torch.arange(targets.shape[1])
+    mask = steps[None, :] < torch.tensor(lengths)[:, None]
+    starts = torch.tensor([len(p) - 1 for p in prompt_ids])[:, None]
+    positions = torch.where(mask, starts + steps, 0)
+    tensors = (input_ids, attention_mask, positions, targets, mask)
+    names = ("input_ids", "attention_mask", "positions", "targets", "mask")
+    return Sequences(**{name: tensor.to(device) for name, tensor in zip(names, tensors, strict=True)})
+
+
+class PolicyModel(nn.Module):
+    """An HF causal language model that returns log-probs of completion tokens only."""
+
+    def __init__(self, hf: Any, *, logits_per_chunk: int = LOGITS_PER_CHUNK) -> None:
+        super().__init__()
+        self.hf = hf
+        self.logits_per_chunk = logits_per_chunk
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, mask: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probs (b, T) and entropies (b, T, no gradient) in nats of softmax(logits / temperature).
+
+        0 outside the mask. Logits exist for a chunk of tokens at a time only; the backward pass computes them again.
+        """
+        states = _states(self.hf, input_ids, attention_mask)
+        hidden = states[torch.arange(len(states), device=states.device)[:, None], positions][mask]
+        wanted = targets[mask]
+        size = max(1, self.logits_per_chunk // self.hf.config.get_text_config().vocab_size)
+        parts = []
+        for start in range(0, len(hidden), size):
+            chunk = (hidden[start : start + size], wanted[start : start + size], temperature)
+            if torch.is_grad_enabled():
+                parts.append(checkpoint(self._score, *chunk, use_reentrant=False))
+            else:
+                parts.append(self._score(*chunk))
+        logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
+        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=states.device)
+        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
+
+    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        logits = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config()) / temperature
+        normaliser = logits.logsumexp(-1)
+        logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        with torch.no_grad():
+            entropies = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
+        return logprobs, entropies
+
+
+class ValueModel(nn.Module):
+    """An HF sequence-classification model with one output, read at every completion token."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        self.hf = hf
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Return the value (b, T) of the state before each completion token, 0 outside the mask."""
+        states = _states(self.hf, input_ids, attention_mask)
+        hidden = states[torch.arange(len(states), device=states.device)[:, None], positions]
+        return torch.where(mask, self.hf.score(hidden)[..., 0].float(), 0.0)
+
+
+class ScoreModel(nn.Module):
+    """An HF sequence-classification model with one output, read at the last real token of each row."""
+
+    def __init__(self, hf: Any) -> None:
+        super().__init__()
+        self.hf = hf
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return one score per row (b,). input_ids and attention_mask (b, L), padded on either side."""
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (places * attention_mask).argmax(1)
+        states = _states(self.hf, input_ids, attention_mask)
+        return self.hf.score(states[torch.arange(len(states), device=states.device), last])[:, 0].float()  # type: ignore[no-any-return]
+
+
+def load_policy(path: str | Path, dtype: DType) -> PolicyModel:
+    """Load a causal language model in HF format, without dropout: old and new log-probs must be of one function."""
+    config = _without_dropout(AutoConfig.from_pretrained(path))
+    return PolicyModel(AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype)))
+
+
+def load_sequence_classifier(path: str | Path, dtype: DType) -> Any:
+    """Load an HF sequence-classification model with one output.
+
+    From a causal language model its transformer is taken and the head starts at zero: every score is then 0.
+    """
+    config = _without_dropout(AutoConfig.from_pretrained(path, num_labels=1))
+    fresh = not any("SequenceClassification" in name for name in config.architectures or ())
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()  # a missing score head is what is asked for, not a warning
+    try:
+        hf = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=getattr(torch, dtype))
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if fresh:
+        nn.init.zeros_(hf.score.weight)
+    return hf
+
+
+def export(hf: Any, state: dict[str, Tensor], directory: str | Path, tokenizer_from: str | Path) -> None:
+    """Write the weights `state` (HF names) as an HF model directory, with the tokenizer found beside its start weights."""
+    hf.save_pretrained(directory, state_dict=state)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(directory)
+
+
+@torch.no_grad()
+def completion_logprobs(
+    model: nn.Module, prompt_ids: Sequence[Ints], completion_ids: Sequence[Ints], temperature: float, token_budget: int
+) -> list[Floats]:
+    """Return the log-probs (T_i,) of each completion under a PolicyModel, or an engine around one.
+
+    token_budget in padded tokens of one forward pass.
+    """
+    device = next(model.parameters()).device
+    lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    result: list[Floats] = [np.zeros(0, np.float32)] * len(lengths)
+    for rows in pack(range(len(lengths)), lengths, token_budget):
+        batch = sequences([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+        logprobs, _ = model(**fields(batch), temperature=temperature)
+        for row, values in zip(rows, logprobs.cpu().numpy(), strict=True):
+            result[row] = values[: len(completion_ids[row])]
+    return result
+
+
+def fields(batch: Sequences) -> dict[str, Tensor]:
+    """Return the tensors of `batch` by name, as the models take them."""
+    return {name: getattr(batch, name) for name in Sequences.__slots__}
+
+
+def _states(hf: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    # Positions from the mask, so that padding on the left changes nothing.
+    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+    output = hf.base_model(
+        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+    )
+    return output.last_hidden_state  # type: ignore[no-any-return]
+
+
+def _finish(logits: Tensor, config: Any) -> Tensor:
+    """Apply what some families (Gemma 2, Cohere, Granite) do between lm_head and softmax."""
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _without_dropout(config: Any) -> Any:
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        for name, value in part.to_dict().items():
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
