@@ -1,12 +1,76 @@
-"""A tiny random Llama with tokenizer and chat template, in HF format on disk; nothing is downloaded."""
+"""A character tokenizer and random models, small enough to build in a test."""
 
 from pathlib import Path
 from string import ascii_letters, digits, punctuation
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
+CHARACTERS = [chr(code) for code in range(32, 127)] + ["\n"]
+CHAT = (
+    "{% for m in messages %}<s>{{ m.role }}:{{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant:{% endif %}"
+)
+
+
+def tokenizer(*, chat: bool = False, padding_side: str = "right") -> PreTrainedTokenizerFast:
+    """Build a tokenizer with one token per character."""
+    names = ["<pad>", "<unk>", "<s>", "</s>", *CHARACTERS]
+    model = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    model.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    model.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=CHAT if chat else None,
+        padding_side=padding_side,
+    )
+
+
+def config(*, num_labels: int = 1) -> LlamaConfig:
+    """Configure a Llama of a few thousand parameters."""
+    return LlamaConfig(
+        vocab_size=128,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        num_labels=num_labels,
+    )
+
+
+def reward_model(path: Path, *, chat: bool = False, padding_side: str = "right", num_labels: int = 1) -> str:
+    """Write a random reward model with its tokenizer."""
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(config(num_labels=num_labels)).save_pretrained(path)
+    tokenizer(chat=chat, padding_side=padding_side).save_pretrained(path)
+    return str(path)
+
+
+def policy(path: Path) -> str:
+    """Write a random policy with its tokenizer."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(config()).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return str(path)
+
+
+# A policy whose next-token distribution is far from uniform, tied or untied: for engine parity.
 SPECIALS = ("<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}</s>{% endfor %}"

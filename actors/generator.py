@@ -1,0 +1,405 @@
+"""The vLLM engine, and the actor that samples groups with it."""
+
+import asyncio
+import hashlib
+import os
+import time
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported; its children inherit it
+
+from safetensors import SafetensorError, safe_open
+from vllm import SamplingParams as VllmSampling
+from vllm import TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+from actors.weight_sync import BACKEND, WORKER_EXTENSION, Bytes, Mailbox, NcclGroup, register_with_vllm
+from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
+
+register_with_vllm()
+
+
+class WorkerExtension:
+    """Named in vLLM's `worker_extension_cls`, so that the worker process imports this file and with it our engine."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What an engine is started with."""
+
+    model_path: str
+    run: str  # salts the seeds and names the shared-memory files
+    dtype: str = "bfloat16"
+    max_length: int = 1024  # prompt and completion tokens
+    update: Literal["in_flight", "drain"] = "in_flight"
+    deadline_s: float = 300.0  # of one group, queueing included
+    kv_cache_gb: float = 1.0  # CPU engines
+    threads: int | None = None  # of the vLLM worker, CPU engines
+    cores: tuple[int, ...] = ()  # pin the worker to them, CPU engines
+    engine: Mapping[str, Any] = field(default_factory=dict)  # further AsyncEngineArgs
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counted since the start of the engine."""
+
+    groups: int = 0
+    rollouts: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0  # prefilled again after a preemption
+    busy_s: float = 0.0  # at least one request was in the engine
+    waiting_s: float = 0.0  # none was
+    paused_s: float = 0.0  # loading weights
+    in_flight: int = 0
+
+
+def sample_seed(run: str, uid: str, sample: int) -> int:
+    """Return the 31-bit seed of one sample: a hash, so that neighbouring prompts share no seeds."""
+    digest = hashlib.sha256(f"{run}\0{uid}\0{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+class Engine:
+    """vLLM's AsyncLLM with a policy version: what generator and evaluator share.
+
+    At most `max_num_seqs` requests are handed to vLLM at once and none while weights load, so each request is
+    salted with the version whose KV blocks it may reuse.
+    """
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+        self.stats = EngineStats()
+        self.version = -1  # nothing loaded
+        self.broken: str | None = None
+        self._llm: AsyncLLM | None = None
+        self._slots = asyncio.Semaphore(1)
+        self._open = asyncio.Event()
+        self._loading = asyncio.Lock()
+        self._requests = 0
+        self._serial = 0  # a retried sample needs a fresh request id
+        self._changed = 0.0  # when the engine last became busy or idle
+
+    async def start(self) -> None:
+        """Start vLLM's processes with random weights; return when they answer. Raises InfraError."""
+        self._set_environment()
+        arguments = self._arguments()
+        try:
+            self._llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[_scheduler_counts(self.stats)])
+        except (RuntimeError, OSError) as error:
+            raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
+        self._slots = asyncio.Semaphore(self._llm.vllm_config.scheduler_config.max_num_seqs)
+        self._changed = time.monotonic()
+        self._open.set()
+
+    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
+        """Sample one group, a request per sample.
+
+        Raises DataError if the prompt leaves no room for a token, InfraError if the deadline passes or vLLM died.
+        """
+        if len(prompt.token_ids) >= self.options.max_length:
+            raise DataError(
+                f"prompt {prompt.uid} has {len(prompt.token_ids)} tokens, model.max_length is {self.options.max_length}"
+            )
+        self._check_ready()
+        tasks = [asyncio.create_task(self._sample(prompt, sampling, index)) for index in range(sampling.n)]
+        try:
+            async with asyncio.timeout(self.options.deadline_s):
+                rollouts = await asyncio.gather(*tasks)
+        except TimeoutError as error:
+            raise InfraError(f"prompt {prompt.uid} was not answered within {self.options.deadline_s:g} s") from error
+        finally:
+            for task in tasks:
+                task.cancel()  # vLLM aborts a request whose task is cancelled
+            await asyncio.gather(*tasks, return_exceptions=True)
+        self.stats.groups += 1
+        return Group(prompt=prompt, rollouts=tuple(rollouts))
+
+    async def probe(self, token_ids: Ints) -> Floats:
+        """Return (L-1,) log-probs of tokens 1 … L-1 under the loaded weights, at temperature 1."""
+        self._check_ready()
+        sampling = VllmSampling(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        _, output = await self._request(f"probe-{self.version}", token_ids, sampling)
+        scored = zip(output.prompt_logprobs[1:], token_ids[1:].tolist(), strict=True)
+        return np.array([entry[token].logprob for entry, token in scored], dtype=np.float32)
+
+    async def load(self, version: int, path: Path) -> None:
+        """Load a safetensors file and advance to `version`; an older or equal version is a no-op.
+
+        Raises InfraError if the file is damaged: the engine goes on with the old version. After a failure inside
+        vLLM the weights are undefined, so the engine refuses to work until a load succeeds.
+        """
+        if version <= self.version:
+            return
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise InfraError(f"weights of version {version} cannot be read from {path}: {error}") from error
+        await self._load(version, {"path": str(path)})
+
+    async def join(self, group: NcclGroup, rank_offset: int) -> None:
+        """Enter the learner's nccl group as ranks `rank_offset` … (not run yet: needs GPUs)."""
+        info = {
+            "master_address": group.master_address,
+            "master_port": group.master_port,
+            "rank_offset": rank_offset,
+            "world_size": group.world_size,
+            "packed": True,
+        }
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
+
+    async def receive(self, version: int, tensor_list: Mapping[str, Any]) -> None:
+        """Load what the learner broadcasts at the same time and advance to `version` (not run yet: needs GPUs)."""
+        await self._load(version, dict(tensor_list))
+
+    async def check(self) -> None:
+        """Raise InfraError if vLLM's processes are gone."""
+        try:
+            await self._engine.check_health()
+        except EngineDeadError as error:
+            raise InfraError("vLLM's engine process died") from error
+
+    def snapshot(self) -> EngineStats:
+        """Return the statistics up to now."""
+        self._count_time()
+        self.stats.in_flight = self._requests
+        return self.stats
+
+    def close(self) -> None:
+        """End vLLM's processes; the engine cannot be used again."""
+        if self._llm is not None:
+            self._llm.shutdown()
+            self._llm = None
+
+    @property
+    def _engine(self) -> AsyncLLM:
+        if self._llm is None:
+            raise InfraError("the engine is not running: call start() first")
+        return self._llm
+
+    def _check_ready(self) -> None:
+        if self.broken:
+            raise InfraError(f"the engine has no usable weights: {self.broken}")
+        if self.version < 0:
+            raise RuntimeError("generate was called before the first load: version 0 must be pushed first")
+
+    async def _load(self, version: int, update: dict[str, Any]) -> None:
+        async with self._loading:
+            if version <= self.version:
+                return
+            engine, began = self._engine, time.monotonic()
+            self._open.clear()
+            try:
+                mode = "keep" if self.options.update == "in_flight" else "wait"
+                await engine.pause_generation(mode=mode, clear_cache=False)
+                await engine.start_weight_update()
+                self.broken = f"loading version {version} failed"  # until it has succeeded
+                await engine.update_weights(WeightTransferUpdateRequest(update_info=update))
+                await engine.finish_weight_update(str(version))
+                self.version, self.broken = version, None
+            except EngineDeadError as error:
+                raise InfraError("vLLM's engine process died") from error
+            finally:
+                if not engine.errored:
+                    await engine.resume_generation()
+                self._open.set()
+                self.stats.paused_s += time.monotonic() - began
+
+    async def _sample(self, prompt: Prompt, sampling: Sampling, index: int) -> Rollout:
+        seed = sample_seed(self.options.run, prompt.uid, index)
+        uid = f"{prompt.uid}-s{index}"
+        salt, output = await self._request(uid, prompt.token_ids, _vllm_sampling(sampling, seed))
+        completion = output.outputs[0]
+        self.stats.rollouts += 1
+        self.stats.prompt_tokens += len(prompt.token_ids)
+        self.stats.completion_tokens += len(completion.token_ids)
+        return _rollout(uid, seed, salt, completion)
+
+    async def _request(self, uid: str, token_ids: Ints, sampling: VllmSampling) -> tuple[int, RequestOutput]:
+        """Return the version whose KV blocks the request could reuse, and vLLM's final output."""
+        async with self._slots:
+            await self._open.wait()
+            version = self.version
+            prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"version {version}")
+            self._serial += 1
+            self._count_time(change=1)
+            try:
+                async for output in self._engine.generate(prompt, sampling, f"{uid}/{self._serial}"):
+                    if output.finished and output.outputs[0].finish_reason in ("stop", "length"):
+                        return version, output
+            except (EngineDeadError, EngineGenerateError) as error:
+                raise InfraError(f"vLLM failed on {uid}: {error}") from error
+            finally:
+                self._count_time(change=-1)
+        raise InfraError(f"vLLM aborted {uid}")
+
+    def _count_time(self, change: int = 0) -> None:
+        now = time.monotonic()
+        if self._requests:
+            self.stats.busy_s += now - self._changed
+        else:
+            self.stats.waiting_s += now - self._changed
+        self._changed = now
+        self._requests += change
+        self.stats.in_flight = self._requests
+
+    def _set_environment(self) -> None:
+        """Set what vLLM's CPU worker reads from the environment; its process inherits it."""
+        if not current_platform.is_cpu():
+            return
+        os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, self.options.cores)) or "nobind"
+        if self.options.threads:
+            os.environ["OMP_NUM_THREADS"] = str(self.options.threads)
+
+    def _arguments(self) -> AsyncEngineArgs:
+        options = self.options
+        arguments: dict[str, Any] = {
+            "model": options.model_path,
+            "dtype": options.dtype,
+            "max_model_len": options.max_length,
+            "load_format": "dummy",  # version 0 is pushed before the first request
+            "logprobs_mode": "processed_logprobs",  # of the distribution really sampled from
+            "worker_extension_cls": WORKER_EXTENSION,
+            "weight_transfer_config": WeightTransferConfig(backend=BACKEND),
+            "generation_config": "vllm",  # no sampling defaults from the model's directory
+            "disable_log_stats": True,
+        }
+        if current_platform.is_cpu():
+            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30)}
+        return AsyncEngineArgs(**(arguments | dict(options.engine)))
+
+
+class Generator:
+    """The actor that samples groups for the loop; `cluster` wraps it with ray.remote."""
+
+    def __init__(self, options: EngineOptions, sampling: Sampling) -> None:
+        self._engine = Engine(options)
+        self._sampling = sampling
+        self._mailbox = Mailbox(options.run)
+
+    async def start(self) -> None:
+        """Start vLLM. Raises InfraError."""
+        await self._engine.start()
+
+    async def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Group:
+        """Sample one group; see `Engine.generate` for the errors."""
+        return await self._engine.generate(prompt, sampling or self._sampling)
+
+    async def load(self, weights: Weights) -> None:
+        """Sample from `weights` from now on; see `Engine.load` for the errors."""
+        await load_weights(self._engine, weights, self._mailbox)
+
+    async def join(self, group: NcclGroup, rank_offset: int) -> None:
+        """Enter the learner's nccl group."""
+        await self._engine.join(group, rank_offset)
+
+    async def probe(self, token_ids: Ints) -> Floats:
+        """Return (L-1,) prompt log-probs under the loaded weights."""
+        return await self._engine.probe(token_ids)
+
+    async def check(self) -> int:
+        """Return the loaded version. Raises InfraError if vLLM died."""
+        await self._engine.check()
+        return self._engine.version
+
+    async def stats(self) -> EngineStats:
+        """Return what was counted since the start."""
+        return self._engine.snapshot()
+
+    async def close(self) -> None:
+        """End vLLM and remove this run's files from shared memory."""
+        self._engine.close()
+        self._mailbox.clear()
+
+
+async def load_weights(engine: Engine, weights: Weights, mailbox: Mailbox) -> None:
+    """Fetch `weights` to this node unless it is here, and load it.
+
+    The handle is a path, a buffer, an awaitable that gives a buffer (a Ray object reference), or the tensor list of
+    an nccl broadcast.
+    """
+    if weights.version <= engine.version:
+        return
+    handle = weights.handle
+    if isinstance(handle, Mapping):
+        await engine.receive(weights.version, handle)
+        return
+    if isinstance(handle, str | Path):
+        await engine.load(weights.version, Path(handle))
+        return
+    path = mailbox.find(weights.version, weights.hash)
+    if path is None:
+        buffer: Bytes = await handle if isinstance(handle, Awaitable) else handle
+        path = await asyncio.to_thread(mailbox.put, weights.version, buffer, weights.hash)
+    await engine.load(weights.version, path)
+    mailbox.remove_older(weights.version)
+
+
+def _vllm_sampling(sampling: Sampling, seed: int) -> VllmSampling:
+    fields: dict[str, Any] = {
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "stop": list(sampling.stop),
+        "seed": seed,
+        "logprobs": 0,  # of the sampled token only
+        "output_kind": RequestOutputKind.FINAL_ONLY,
+    }
+    return VllmSampling(**(fields | dict(sampling.extra)))
+
+
+def _rollout(uid: str, seed: int, salt: int, completion: CompletionOutput) -> Rollout:
+    tokens = list(completion.token_ids)
+    logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs or (), tokens, strict=True)]
+    spans = [VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in completion.weight_versions or ()]
+    if spans and spans[0].version != salt:
+        # Queued while weights changed: the prompt may have been read by the older version.
+        spans.insert(0, VersionSpan(start=0, stop=0, version=salt))
+    return Rollout(
+        uid=uid,
+        seed=seed,
+        token_ids=np.array(tokens, dtype=np.int32),
+        logprobs=np.array(logprobs, dtype=np.float32),
+        spans=tuple(spans),
+        finish_reason="stop" if completion.finish_reason == "stop" else "length",
+        text=completion.text,
+    )
+
+
+def _scheduler_counts(stats: EngineStats) -> type[PrometheusStatLogger]:
+    """Return a stat logger that counts preemptions; of this base class, or vLLM adds its Prometheus one."""
+
+    class Counts(PrometheusStatLogger):
+        def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
+            self.engine_indexes = engine_indexes or [0]
+
+        def record(
+            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
+        ) -> None:
+            if iteration_stats is not None:
+                stats.preemptions += iteration_stats.num_preempted_reqs
+            if scheduler_stats is not None:
+                cache = scheduler_stats.prefix_cache_stats
+                stats.recomputed_tokens += cache.preempted_queries - cache.preempted_hits
+
+        def log_engine_initialized(self) -> None:
+            """Nothing to say."""
+
+    return Counts
