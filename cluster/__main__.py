@@ -1,0 +1,168 @@
+"""The command line: `headroom …` and `python -m cluster …` are the same.
+
+Recipes are checked before torch, ray or vllm is imported, so a mistake is answered at once.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from configs.errors import UserError
+from configs.load import json_schema, load, load_with_origins, render
+from configs.schema import Recipe
+from configs.validate import Command, suggest, validate
+from trainers.types import InfraError
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+OVERRIDES = "key=value sets a key of the recipe; lists go by index: reward.components.0.weight=2"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit code: 0, 1 if the machines failed, 2 after a user's mistake, 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    # A console script does not search the working directory, where the user's reward functions are.
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        args = _parse(argv)
+        args.command(args)
+        return 0
+    except UserError as error:
+        if "--debug" in argv:
+            raise
+        _print_error(error)
+        return 2
+    except InfraError as error:
+        if "--debug" in argv:
+            raise
+        _print_error(error)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `headroom config … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _print_error(error: Exception) -> None:
+    # From an actor it arrives as a RayTaskError, whose cause is the error itself.
+    print(f"headroom: error: {' '.join(str(getattr(error, 'cause', error)).split())}", file=sys.stderr)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="headroom",
+        allow_abbrev=False,
+        description="Online RLHF that shows how much headroom is left under the alignment ceiling.",
+        epilog="example: headroom demo",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    train = _command(commands, "train", _train, "online RL with the recipe's rewards", "CONFIG loop.staleness=0")
+    train.add_argument("--resume", metavar="RUN", help="continue this run directory")
+    _command(commands, "demo", _demo, "all of RLHF on this machine, in minutes, without a download", "run.steps=10")
+    _command(commands, "sft", _sft, "supervised fine-tuning, section sft", "CONFIG sft.epochs=2")
+    reward = _command(commands, "reward", _reward, "train reward models, section reward_models", "CONFIG --only proxy")
+    reward.add_argument("--only", metavar="NAME", action="append", help="train this one; may be repeated")
+    evaluate = _command(commands, "eval", _evaluate, "run the recipe's evaluations once", "CONFIG --checkpoint DIR")
+    evaluate.add_argument("--checkpoint", metavar="DIR", help="policy in HF format; default: model.path")
+    config = _command(commands, "config", _config, "print the resolved recipe and where values come from", "CONFIG")
+    config.add_argument("--schema", action="store_true", help="print the JSON schema for editors instead")
+    # Options may stand between the overrides, which nargs="*" alone does not allow.
+    args, rest = parser.parse_known_args(argv)
+    if wrong := [word for word in rest if word.startswith("-")]:
+        options = ["--debug", "--help", "--resume", "--only", "--checkpoint", "--schema"]
+        raise UserError(f"unknown option {wrong[0]}; {suggest(wrong[0], options)}")
+    args.overrides += rest
+    return args
+
+
+def _command(
+    commands: "argparse._SubParsersAction[_Parser]",
+    name: str,
+    command: Callable[[argparse.Namespace], None],
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"example: headroom {name} {example}", allow_abbrev=False
+    )
+    if name == "config":
+        parser.add_argument("config", metavar="CONFIG", nargs="?", help="a recipe, for example configs/quickstart.yaml")
+    elif name != "demo":
+        parser.add_argument("config", metavar="CONFIG", help="a recipe, for example configs/quickstart.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=OVERRIDES)
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _checked(command: Command, config: str | Path, overrides: Sequence[str]) -> Recipe:
+    recipe = load(config, overrides)
+    for warning in validate(recipe, command, str(config)):
+        print(f"headroom: warning: {warning}", file=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    return recipe
+
+
+def _train(args: argparse.Namespace) -> None:
+    if args.resume is not None and not Path(args.resume).is_dir():
+        raise UserError(f"--resume: no run directory {args.resume}; runs are under run.dir, usually runs/")
+    recipe = _checked("train", args.config, args.overrides)
+    from cluster import launch
+
+    launch.train(recipe, args.resume)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    _checked("demo", QUICKSTART, args.overrides)
+    from cluster import demo
+
+    demo.demo(args.overrides)
+
+
+def _sft(args: argparse.Namespace) -> None:
+    recipe = _checked("sft", args.config, args.overrides)
+    from cluster import offline
+
+    offline.sft(recipe)
+
+
+def _reward(args: argparse.Namespace) -> None:
+    names = list(load(args.config, args.overrides).reward_models)
+    if unknown := [name for name in args.only or () if name not in names]:
+        raise UserError(f"--only: reward_models has no {unknown[0]!r}; {suggest(unknown[0], names)}")
+    recipe = _checked("reward", args.config, args.overrides)
+    from cluster import offline
+
+    offline.reward(recipe, args.only or names)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.checkpoint is not None and not (Path(args.checkpoint) / "config.json").is_file():
+        raise UserError(f"--checkpoint: no model in HF format at {args.checkpoint}; exports are under RUN/checkpoints")
+    recipe = _checked("eval", args.config, args.overrides)
+    from cluster import launch
+
+    launch.evaluate(recipe, args.checkpoint)
+
+
+def _config(args: argparse.Namespace) -> None:
+    if args.schema:
+        print(json_schema())
+    elif args.config is None:
+        raise UserError("config needs a recipe, or --schema; example: headroom config configs/quickstart.yaml")
+    else:
+        print(render(load_with_origins(args.config, args.overrides)), end="")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

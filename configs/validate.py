@@ -1,0 +1,395 @@
+"""What can be known to be wrong before anything starts: one function, one line for each mistake."""
+
+import ast
+import importlib
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from configs.algorithms import FACTS, check
+from configs.errors import UserError
+from configs.rows import is_file, parse_row, prompt_text, read_rows, split_of
+from configs.schema import Data, EvalScorer, Offline, Recipe, RewardComponent, SamplingParams
+from configs.seats import seats
+
+Command = Literal["demo", "train", "sft", "reward", "eval"]
+ROWS_CHECKED = 5000  # of each file; the rest is checked by the same code when it is read
+# Fields of vLLM's SamplingParams after which a plain softmax is not what was sampled from.
+RESHAPING = (
+    "allowed_token_ids",
+    "bad_words",
+    "frequency_penalty",
+    "logit_bias",
+    "min_p",
+    "min_tokens",
+    "presence_penalty",
+    "repetition_penalty",
+)
+
+
+def validate(recipe: Recipe, command: Command, config: str = "CONFIG") -> list[str]:
+    """Return warnings about a recipe that is about to be run by `command`; `config` is its file, for hints.
+
+    Raises UserError for the first mistake found. Runs no user code, but for modules whose source does not show the function.
+    """
+    online = command in ("train", "demo")
+    if online:
+        _check_method(recipe)
+        _check_rewards(recipe)
+    if online or command == "eval":
+        _check_evaluation(recipe, command)
+    offline = _offline(recipe, command)
+    consumers = dict(_data(recipe, command, offline))
+    for key, data in consumers.items():
+        _check_split(key, data)
+    for key, name in _functions(recipe, command):
+        _check_function(key, name)
+    # A recipe that prepares itself makes its own models and data.
+    if recipe.run.prepare is None or Path(recipe.model.path).exists():
+        _check_models(recipe, command, offline, config)
+        for key, data in consumers.items():
+            _check_rows(key, data)
+    _check_machine(recipe, command)
+    return list(_warnings(recipe)) if online else []
+
+
+def _check_method(recipe: Recipe) -> None:
+    algorithm, sampling, loop = recipe.algorithm, recipe.sampling, recipe.loop
+    if refusal := check(algorithm.name, algorithm.kl.where, algorithm.kl.estimator, sampling.n):
+        raise UserError(refusal)
+    ranks = math.lcm(recipe.learner.ranks, recipe.critic.ranks if FACTS[algorithm.name].needs_critic else 1)
+    rollouts, parts = loop.batch_prompts * sampling.n, algorithm.minibatches * ranks
+    if rollouts % parts:
+        step = parts // math.gcd(parts, sampling.n)
+        below = loop.batch_prompts // step * step
+        raise UserError(
+            f"loop.batch_prompts: {loop.batch_prompts} prompts x {sampling.n} completions = {rollouts} rollouts do not "
+            f"divide by algorithm.minibatches x ranks = {algorithm.minibatches} x {ranks}; the nearest that do: "
+            f"loop.batch_prompts={f'{below} or {below + step}' if below else step}"
+        )
+    _check_sampled_distribution(sampling)
+    _check_lengths(recipe, "data", recipe.data, "sampling", sampling)
+
+
+def _check_sampled_distribution(sampling: SamplingParams) -> None:
+    if sampling.temperature == 0:
+        raise UserError("sampling.temperature: greedy samples cannot be trained on; set it above 0, usually to 1")
+    if sampling.allow_truncated_distribution:
+        return
+    given = [f"top_p={sampling.top_p:g}"] * (sampling.top_p < 1) + [f"top_k={sampling.top_k}"] * (sampling.top_k > 0)
+    given += [f"extra.{name}={sampling.extra[name]}" for name in RESHAPING if name in sampling.extra]
+    if given:
+        raise UserError(
+            f"sampling.{given[0]}: training needs samples of the whole softmax, and this changes what is sampled from; "
+            "leave it out, or set sampling.allow_truncated_distribution=true"
+        )
+
+
+def _check_lengths(recipe: Recipe, data_key: str, data: Data, key: str, sampling: SamplingParams) -> None:
+    total = data.max_prompt_tokens + sampling.max_tokens
+    if total > recipe.model.max_length:
+        raise UserError(
+            f"{data_key}.max_prompt_tokens {data.max_prompt_tokens} + {key}.max_tokens {sampling.max_tokens} = {total} "
+            f"tokens do not fit in model.max_length {recipe.model.max_length}; lower one or raise model.max_length"
+        )
+
+
+def _check_rewards(recipe: Recipe) -> None:
+    if not recipe.reward.components:
+        raise UserError("reward.components: there is no reward to train on; add a component with a model or a function")
+    _check_unique("reward.components", [component.name for component in recipe.reward.components])
+    for i, component in enumerate(recipe.reward.components):
+        _check_one_source(f"reward.components.{i}", component)
+
+
+def _check_one_source(key: str, scorer: RewardComponent | EvalScorer) -> None:
+    if (scorer.model is None) == (scorer.function is None):
+        both = "both model and function are" if scorer.model else "neither model nor function is"
+        raise UserError(f"{key} ({scorer.name}): {both} given; give one of the two")
+
+
+def _check_unique(key: str, names: list[str]) -> None:
+    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    if twice is not None:
+        raise UserError(f"{key}: the name {twice!r} is given twice, and metrics are kept by name; rename one")
+
+
+def _check_evaluation(recipe: Recipe, command: Command) -> None:
+    tasks = recipe.evaluation.tasks
+    if command == "eval" and not tasks:
+        raise UserError("evaluation.tasks: there is nothing to evaluate; add a task with data and scorers")
+    _check_unique("evaluation.tasks", [task.name for task in tasks])
+    for i, task in enumerate(tasks):
+        key = f"evaluation.tasks.{i}"
+        _check_unique(f"{key}.scorers", [scorer.name for scorer in task.scorers])
+        for j, scorer in enumerate(task.scorers):
+            _check_one_source(f"{key}.scorers.{j}", scorer)
+        _check_lengths(recipe, f"{key}.data", task.data, f"{key}.sampling", task.sampling)
+    primary = recipe.evaluation.primary
+    metrics = [f"{task.name}/{scorer.name}" for task in tasks for scorer in task.scorers]
+    if primary is not None and primary not in metrics:
+        raise UserError(f"evaluation.primary: no metric {primary!r}; {suggest(primary, metrics)}")
+
+
+def _offline(recipe: Recipe, command: Command) -> dict[str, Offline]:
+    """Return the supervised trainings of `command` by key."""
+    if command == "sft":
+        if recipe.sft is None:
+            raise UserError("sft: the recipe has no such section; add one with output and data")
+        trainings, formats = {"sft": recipe.sft}, ["messages", "pairs", "hh"]
+    elif command == "reward":
+        if not recipe.reward_models:
+            raise UserError("reward_models: the recipe names none; add an entry with output and data")
+        trainings = {f"reward_models.{name}": training for name, training in recipe.reward_models.items()}
+        formats = ["pairs", "hh"]
+    else:
+        return {}
+    for key, training in trainings.items():
+        if training.data.format not in formats:
+            raise UserError(
+                f"{key}.data.format: {training.data.format!r} rows hold no "
+                f"{'completions' if command == 'sft' else 'preference pairs'}; use one of {', '.join(formats)}"
+            )
+    return trainings
+
+
+def _data(recipe: Recipe, command: Command, offline: dict[str, Offline]) -> Iterator[tuple[str, Data]]:
+    if command in ("train", "demo"):
+        yield "data", recipe.data
+    if command in ("train", "demo", "eval"):
+        yield from ((f"evaluation.tasks.{i}.data", task.data) for i, task in enumerate(recipe.evaluation.tasks))
+    yield from ((f"{key}.data", training.data) for key, training in offline.items())
+
+
+def _scorers(recipe: Recipe, command: Command) -> Iterator[tuple[str, RewardComponent | EvalScorer]]:
+    if command in ("train", "demo"):
+        yield from ((f"reward.components.{i}", component) for i, component in enumerate(recipe.reward.components))
+    if command in ("train", "demo", "eval"):
+        for i, task in enumerate(recipe.evaluation.tasks):
+            yield from ((f"evaluation.tasks.{i}.scorers.{j}", scorer) for j, scorer in enumerate(task.scorers))
+
+
+def _functions(recipe: Recipe, command: Command) -> Iterator[tuple[str, str]]:
+    if recipe.run.prepare is not None:
+        yield "run.prepare", recipe.run.prepare
+    for key, scorer in _scorers(recipe, command):
+        if scorer.function is not None:
+            yield f"{key}.function", scorer.function
+
+
+def _check_function(key: str, name: str) -> None:
+    module_name, _, attribute = name.partition(":")
+    if not re.fullmatch(r"[\w.]+:\w+", name):
+        raise UserError(f"{key}: {name!r} is not of the form module:function, for example my_rewards:brevity")
+    try:
+        if attribute in _defined(module_name):
+            return
+        module = importlib.import_module(module_name)
+    except Exception as error:  # the user's module may raise anything
+        raise UserError(
+            f"{key}: cannot import {module_name} ({type(error).__name__}: {' '.join(str(error).split())[:120]}); "
+            "is it in the directory headroom is started from?"
+        ) from error
+    if not callable(getattr(module, attribute, None)):
+        functions = [known for known, value in vars(module).items() if callable(value) and not known.startswith("_")]
+        raise UserError(f"{key}: {module_name} has no function {attribute!r}; {suggest(attribute, functions)}")
+
+
+def _defined(module: str) -> set[str]:
+    """Return the functions a module's source defines; its own imports may be heavy, so it is not run for this."""
+    spec = importlib.util.find_spec(module)
+    if spec is None:
+        raise ModuleNotFoundError(f"no module named {module!r}")
+    if not spec.origin or not spec.origin.endswith(".py"):
+        return set()
+    tree = ast.parse(Path(spec.origin).read_bytes(), filename=spec.origin)
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+
+
+def _check_split(key: str, data: Data) -> None:
+    if any(share < 0 for share in data.splits.values()) or math.fsum(data.splits.values()) > 1 + 1e-9:
+        raise UserError(
+            f"{key}.splits: shares are not negative and add up to at most 1, not "
+            f"{math.fsum(data.splits.values()):g}; lower them"
+        )
+    if data.split is not None and data.split not in data.splits:
+        raise UserError(f"{key}.split: no split {data.split!r}; {suggest(data.split, list(data.splits))}")
+
+
+def _check_rows(key: str, data: Data) -> None:
+    if not is_file(data.path):
+        if _looks_local(data.path):
+            raise UserError(
+                f"{key}.path: {data.path!r} is not a .jsonl, .jsonl.gz, .csv or .parquet file; give one of these, or a "
+                "public dataset id"
+            )
+        return
+    seen = kept = 0
+    try:
+        for where, raw in islice(read_rows(data.path), ROWS_CHECKED):
+            seen += 1
+            row = parse_row(raw, data, where)
+            if row and (data.split is None or split_of(prompt_text(row.messages), data.splits) == data.split):
+                kept += 1
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    if not kept and seen < ROWS_CHECKED:
+        split = f" in split {data.split!r}" if data.split else ""
+        raise UserError(f"{key}: none of the {seen} rows of {data.path} is usable{split}; check format and splits")
+
+
+def _check_models(recipe: Recipe, command: Command, offline: dict[str, Offline], config: str) -> None:
+    outputs = {training.output: f"headroom reward {config}" for training in recipe.reward_models.values()}
+    if recipe.sft is not None:
+        outputs[recipe.sft.output] = f"headroom sft {config}"
+    policies = {"model.path": recipe.model.path}
+    if offline:
+        policies = {
+            f"{key}.base" if t.base else "model.path": t.base or recipe.model.path for key, t in offline.items()
+        }
+    chat = any(data.render == "chat" for _, data in _data(recipe, command, offline))
+    for key, path in policies.items():
+        directory = _check_model(key, path, outputs)
+        if directory is not None and chat and command != "reward":
+            _check_chat_template(key, directory)
+        if directory is not None and key == "model.path" and not offline:
+            _check_context(recipe, directory)
+    for key, scorer in _scorers(recipe, command):
+        if scorer.model is not None:
+            _check_one_output(f"{key}.model", _check_model(f"{key}.model", scorer.model, outputs))
+    if command in ("train", "demo"):
+        for key, start in {"reference.path": recipe.reference.path, "critic.path": recipe.critic.path}.items():
+            if start is not None:
+                _check_model(key, start, outputs)
+
+
+def _check_model(key: str, path: str, outputs: dict[str, str]) -> Path | None:
+    """Return the local directory of a model, None if it will be downloaded."""
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        if path in outputs:
+            raise UserError(f"{key}: no model at {path}; make it with: {outputs[path]}")
+        if _looks_local(path):
+            hint = "make it with: make smollm2" if "smollm2" in path.lower() else "correct the path or give a public id"
+            raise UserError(f"{key}: no model at {path}; {hint}")
+        cached = _cached(path)
+        if cached is None and os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+            raise UserError(f"{key}: {path} is not in the local cache, HF_HUB_OFFLINE is set; give a local path")
+        return cached
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{key}: {path} holds no config.json; give a directory in Hugging Face format")
+    return directory
+
+
+def _looks_local(path: str) -> bool:
+    named = path.startswith(("/", "./", "../", "~", "models/", "runs/", ".cache/")) or path in (".", "..")
+    return named or os.path.exists(path) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path)
+
+
+def _cached(model: str) -> Path | None:
+    """Return the newest snapshot of a public model in the Hugging Face cache."""
+    home = os.environ.get("HF_HOME", "~/.cache/huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    found = (hub / f"models--{model.replace('/', '--')}").glob("snapshots/*/config.json")
+    return max((config.parent for config in found), key=lambda snapshot: snapshot.stat().st_mtime, default=None)
+
+
+def _check_chat_template(key: str, directory: Path) -> None:
+    config = _json(key, directory / "tokenizer_config.json")
+    files = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+    if not config.get("chat_template") and not any((directory / name).exists() for name in files):
+        raise UserError(
+            f"{key}: the tokenizer in {directory} has no chat template, and data.render=chat needs one; "
+            "set data.render=text or take a chat model"
+        )
+
+
+def _check_context(recipe: Recipe, directory: Path) -> None:
+    longest = _json("model.path", directory / "config.json").get("max_position_embeddings")
+    if isinstance(longest, int) and recipe.model.max_length > longest:
+        raise UserError(
+            f"model.max_length: {recipe.model.max_length} is beyond the {longest} positions of {directory}; "
+            f"set model.max_length={longest} or less"
+        )
+
+
+def _check_one_output(key: str, directory: Path | None) -> None:
+    if directory is None:
+        return
+    config = _json(key, directory / "config.json")
+    outputs = len(config.get("id2label") or ()) or config.get("num_labels") or 2  # transformers' default is 2
+    if outputs != 1:
+        raise UserError(
+            f"{key}: {directory} has {outputs} outputs and a reward model has one; "
+            "give a sequence-classification model saved with num_labels=1"
+        )
+
+
+def _json(key: str, path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{key}: {path} is not valid JSON ({error}); fetch the model again") from None
+    return content if isinstance(content, dict) else {}
+
+
+def _check_machine(recipe: Recipe, command: Command) -> None:
+    gpus = recipe.generator.resources.gpus + recipe.learner.resources.gpus
+    extra, target = ("gpu", "make gpu") if gpus else ("cpu", "make test")
+    needed = ["vllm"] * (command in ("demo", "train", "eval")) + ["deepspeed"] * (command != "eval")
+    for package in needed:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'{package} is not installed; type {target}, or pip install -e ".[{extra}]"')
+    compilers = [os.environ.get("CXX", "c++"), "g++", "clang++"]
+    if not any(map(shutil.which, compilers)):
+        raise UserError(
+            f"no C++ compiler ({', '.join(compilers)}), and DeepSpeed builds with one; install it, "
+            "for example apt-get install g++"
+        )
+    if command in ("demo", "train") and recipe.ray.address == "local":
+        _check_capacity(recipe)
+
+
+def _check_capacity(recipe: Recipe) -> None:
+    there = {"cpus": os.cpu_count() or 1, "gpus": _gpus()}
+    for kind, available in there.items():
+        asked = {seat.name: getattr(seat.resources, kind) for seat in seats(recipe)}
+        total = math.fsum(asked.values())
+        if total > available + 1e-9:
+            shares = ", ".join(f"{name} {share:g}" for name, share in asked.items() if share)
+            raise UserError(
+                f"not enough {kind.upper()[:-1]}s: the actors ask for {total:g} ({shares}) and this machine has "
+                f"{available}; lower *.resources.{kind} or replicas, or set ray.address to a cluster"
+            )
+
+
+def _gpus() -> int:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+
+
+def suggest(wrong: str, names: list[str]) -> str:
+    """Return a hint at the nearest of `names`, or at all of them."""
+    near = get_close_matches(wrong, names, n=1, cutoff=0.6)
+    return f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(names) or 'none'}"
+
+
+def _warnings(recipe: Recipe) -> Iterator[str]:
+    if not recipe.evaluation.tasks:
+        yield "evaluation.tasks is empty: the reward will be measured, what it stands for will not"
+    if recipe.loop.staleness and recipe.algorithm.behaviour_cap is None:
+        yield f"loop.staleness={recipe.loop.staleness} without algorithm.behaviour_cap: stale samples go uncorrected"
+    for task in recipe.evaluation.tasks:
+        same = (task.data.path, task.data.source_split, task.data.split)
+        if same == (recipe.data.path, recipe.data.source_split, recipe.data.split):
+            yield f"evaluation task {task.name!r} reads the prompts that are trained on; give it another split"
