@@ -99,7 +99,9 @@ class Engine:
         self._set_environment()
         arguments = self._arguments()
         try:
-            self._llm = AsyncLLM.from_engine_args(arguments, stat_loggers=[_scheduler_counts(self.stats)])
+            self._llm = await asyncio.to_thread(
+                AsyncLLM.from_engine_args, arguments, stat_loggers=[_scheduler_counts(self.stats)]
+            )
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
         self._slots = asyncio.Semaphore(self._llm.vllm_config.scheduler_config.max_num_seqs)
@@ -215,6 +217,8 @@ class Engine:
             except EngineDeadError as error:
                 raise InfraError("vLLM's engine process died") from error
             finally:
+                if self.broken and not engine.errored:  # nothing may be sampled from half-loaded weights
+                    await engine.pause_generation(mode="abort", clear_cache=True)
                 if not engine.errored:
                     await engine.resume_generation()
                 self._open.set()
@@ -263,6 +267,8 @@ class Engine:
         if not current_platform.is_cpu():
             return
         os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
+        if self.options.engine.get("enforce_eager", True):
+            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-prob waits 12 s for a compiler
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, self.options.cores)) or "nobind"
         if self.options.threads:
             os.environ["OMP_NUM_THREADS"] = str(self.options.threads)
