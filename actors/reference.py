@@ -1,0 +1,43 @@
+"""The frozen policy that KL terms measure from."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from actors.batching import Batcher
+from configs.schema import Reference
+from trainers.models import DType, completion_logprobs, load_policy
+from trainers.types import Floats, Group, Ints
+
+
+class ReferenceActor:
+    """Adds reference log-probs at the sampling temperature; made a Ray actor by `cluster/`."""
+
+    def __init__(
+        self, path: str, reference: Reference, *, dtype: DType, temperature: float, threads: int | None = None
+    ) -> None:
+        if threads:
+            torch.set_num_threads(threads)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._model = load_policy(path, dtype).to(device).eval()
+        self._temperature = temperature
+        self._token_budget = reference.token_budget
+        self._batcher: Batcher[tuple[Ints, Ints], Floats] = Batcher(self._logprobs)
+
+    async def ready(self) -> bool:
+        """Answer once the model is loaded."""
+        return True
+
+    async def score(self, group: Group) -> list[dict[str, Any]]:
+        """Return {"reference_logprobs": (T,)} per rollout."""
+        items = [(group.prompt.token_ids, rollout.token_ids) for rollout in group.rollouts]
+        return [{"reference_logprobs": logprobs} for logprobs in await self._batcher.submit(items)]
+
+    async def times(self) -> dict[str, float]:
+        """Seconds busy and waiting since the start."""
+        return self._batcher.times()
+
+    def _logprobs(self, items: Sequence[tuple[Ints, Ints]]) -> list[Floats]:
+        prompts, completions = zip(*items, strict=True)
+        return completion_logprobs(self._model, prompts, completions, self._temperature, self._token_budget)
