@@ -11,13 +11,13 @@ from pathlib import Path
 
 import ray
 import torch
-from torch import Tensor
 
+from actors.weight_sync import NcclGroup, NcclSender, pack, tensor_list
 from configs.schema import Engine, Recipe
 from trainers.critic import Critic
 from trainers.engine import free_port
 from trainers.learner import Learner
-from trainers.types import Batch, Floats, Ints, StepStats
+from trainers.types import Batch, Floats, Ints, StepStats, Weights
 
 
 class _Rank:
@@ -34,11 +34,8 @@ class _Rank:
         return ray.util.get_node_ip_address(), free_port()
 
     def times(self) -> dict[str, float]:
-        """Return the seconds spent busy and waiting since the last call."""
-        now = time.monotonic()
-        elapsed, busy = now - self._since, self._busy
-        self._since, self._busy = now, 0.0
-        return {"busy": busy, "waiting": max(elapsed - busy, 0.0)}
+        """Return the seconds spent busy and waiting since the start."""
+        return {"busy": self._busy, "waiting": time.monotonic() - self._since - self._busy}
 
     @contextmanager
     def _working(self) -> Iterator[None]:
@@ -64,10 +61,30 @@ class LearnerRank(_Rank):
         with self._working():
             return self.learner.step(batch, values)
 
-    def state_dict_for_publish(self) -> dict[str, Tensor]:
-        """Return the weights by HF name on rank 0, {} on others."""
+    def publish(self, version: int) -> Weights | None:
+        """Put the weights into Ray's object store (rank 0 answers; the others help to gather)."""
         with self._working():
-            return self.learner.state_dict_for_publish()
+            state = self.learner.state_dict_for_publish()
+            if self.rank:
+                return None
+            buffer, digest = pack(state)
+            return Weights(version=version, hash=digest, handle=ray.put(buffer))
+
+    def connect(self, group: NcclGroup) -> None:
+        """Enter the nccl group of the generators (rank 0). Written, not run yet."""
+        self._sender = NcclSender(group)
+        self._sender.connect()
+
+    def announce(self, version: int) -> Weights | None:
+        """Gather the weights for an nccl broadcast and tell what will be sent. Written, not run yet."""
+        with self._working():
+            self._state = {name: tensor.cuda() for name, tensor in self.learner.state_dict_for_publish().items()}
+            return None if self.rank else Weights(version=version, hash="", handle=tensor_list(self._state.items()))
+
+    def send(self) -> None:
+        """Broadcast what `announce` gathered; the generators' `load` must run at the same time."""
+        with self._working():
+            self._sender.send(self._state.items())
 
     def probe_logprobs(self, token_ids: Ints) -> Floats:
         """Return untempered log-probs (L - 1,) of a text of L tokens."""

@@ -1,7 +1,7 @@
 """Helpers of the engine tests: a tiny model, a batch of unequal lengths, and work in a process group of its own."""
 
-import contextlib
-from collections.abc import Callable
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configs.schema import Recipe
+from trainers.learner import Learner
 from trainers.types import Batch
 
 VOCABULARY = 61
@@ -61,3 +62,25 @@ def recipe(path: str, **sections: dict[str, Any]) -> Recipe:
         {"run": {"name": "test", "steps": 10}, "model": {"path": path, "dtype": "float32"}, "data": {"path": "none"},
          "learner": learner, **sections}
     )
+
+
+def train_and_publish(
+    path: str, zeros: tuple[int, ...], rank: int, ranks: int, port: int, directory: str, learner: dict[str, Any]
+) -> None:
+    """Take 2 steps under each ZeRO stage, and write what each published: body of a rank of the equality test."""
+    torch.set_num_threads(1)
+    for zero in zeros:
+        config = recipe(path, learner={"zero": zero, **learner}, algorithm={"minibatches": 2})
+        trained = Learner(config, rank, ranks, "127.0.0.1", port)
+        stats = [trained.step(random_batch(seed=seed)) for seed in range(2)]
+        state = trained.state_dict_for_publish()
+        probe = trained.probe_logprobs(np.arange(5, 15, dtype=np.int32))
+        trained.save(Path(directory) / f"zero{zero}")
+        if rank == 0:
+            result = {"state": state, "probe": probe, "metrics": [dict(s.metrics) for s in stats]}
+            torch.save(result, Path(directory) / f"zero{zero}.pt")
+
+
+if __name__ == "__main__":  # one rank, started by tests/test_learner.py
+    arguments = json.loads(sys.argv[1])
+    train_and_publish(**{**arguments, "zeros": tuple(arguments["zeros"])})

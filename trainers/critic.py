@@ -47,7 +47,7 @@ class Critic:
         return gathered
 
     def step(self, batch: Batch, values: Floats) -> dict[str, float]:
-        """Fit the returns that follow from `batch` and its `values` (B, T); return metrics under their documented names.
+        """Fit the returns that follow from `batch` and its `values` (B, T); return metrics by their documented names.
 
         Raises ValueError if the algorithm has no critic.
         """

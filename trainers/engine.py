@@ -5,6 +5,7 @@ import math
 import os
 import random
 import socket
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,12 +19,14 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():  # DeepSpeed decides while it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed  # noqa: E402
-from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+import deepspeed
+from deepspeed.utils import logger as deepspeed_logger
 
-from configs import schema  # noqa: E402
+from configs import schema
 
 deepspeed_logger.setLevel(logging.WARNING)
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: a line for every one of them.
+warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
 TAG = "engine"
 GATHER_BYTES = 2**29  # of ZeRO-3 parameters at a time
@@ -67,8 +70,10 @@ def free_port() -> int:
     return port
 
 
-def learning_rate_factor(step: int, schedule: Literal["constant", "linear", "cosine"], warmup: int, total: int) -> float:
-    """Return the share of the peak learning rate at optimizer step 0, 1, …: linear warm-up, then down to 0 at `total`."""
+def learning_rate_factor(
+    step: int, schedule: Literal["constant", "linear", "cosine"], warmup: int, total: int
+) -> float:
+    """Return the share of the peak learning rate at optimizer step 0, 1, …: linear warm-up, then to 0 at `total`."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     if schedule == "constant":
@@ -151,13 +156,15 @@ class TrainEngine:
             # DeepSpeed divides by a static number of micro-batches and averages over ranks: neither is our loss.
             self.model.set_gradient_accumulation_boundary(number == len(micro_batches))
             self.model.backward(loss_fn(micro_batch) * self.world_size)
-        norm = self._own_norm() if self.zero == 0 else None
+        own = self._norm()
         self.model.step()
         reported = self.model.get_global_grad_norm()
-        return float(norm if reported is None else reported)
+        return own if reported is None else float(reported)
 
-    def _own_norm(self) -> float:
-        # In fp32 without ZeRO DeepSpeed clips but does not tell the norm.
+    def _norm(self) -> float:
+        # In fp32 without ZeRO DeepSpeed clips but does not tell the norm; elsewhere it holds the gradients itself.
+        if self.zero > 0:
+            return 0.0
         grads = [p.grad for p in self.model.module.parameters() if p.grad is not None]
         return float(nn.utils.get_total_norm(grads)) if grads else 0.0
 
@@ -205,7 +212,8 @@ class TrainEngine:
 
 def random_state() -> dict[str, Any]:
     """Return the state of torch's, numpy's and Python's global generators."""
-    state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    state: dict[str, Any] = {"torch": torch.get_rng_state(), "numpy": np.random.get_state()}
+    state["python"] = random.getstate()
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state

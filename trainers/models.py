@@ -129,10 +129,11 @@ def load_policy(path: str | Path, dtype: DType) -> PolicyModel:
     return PolicyModel(AutoModelForCausalLM.from_pretrained(path, config=config, dtype=getattr(torch, dtype)))
 
 
-def load_sequence_classifier(path: str | Path, dtype: DType) -> Any:
+def load_sequence_classifier(path: str | Path, dtype: DType, *, head: Literal["zero", "random"] = "zero") -> Any:
     """Load an HF sequence-classification model with one output.
 
-    From a causal language model its transformer is taken and the head starts at zero: every score is then 0.
+    From a causal language model its transformer is taken, with a new head: at zero, so that every value is 0, or
+    random, so that the transformer learns from the first step (Stiennon et al. 2020: variance 1 / (hidden + 1)).
     """
     config = _without_dropout(AutoConfig.from_pretrained(path, num_labels=1))
     fresh = not any("SequenceClassification" in name for name in config.architectures or ())
@@ -143,12 +144,12 @@ def load_sequence_classifier(path: str | Path, dtype: DType) -> Any:
     finally:
         hf_logging.set_verbosity(verbosity)
     if fresh:
-        nn.init.zeros_(hf.score.weight)
+        nn.init.normal_(hf.score.weight, std=0.0 if head == "zero" else (hf.score.in_features + 1) ** -0.5)
     return hf
 
 
 def export(hf: Any, state: dict[str, Tensor], directory: str | Path, tokenizer_from: str | Path) -> None:
-    """Write the weights `state` (HF names) as an HF model directory, with the tokenizer found beside its start weights."""
+    """Write the weights `state` (HF names) as an HF model directory, with the tokenizer of its start weights."""
     hf.save_pretrained(directory, state_dict=state)
     AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(directory)
 
