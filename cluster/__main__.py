@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return the exit code: 0, 1 if the machines failed, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run one command; return 0, 1 if the machines failed, 2 after a user's mistake, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     # A console script does not search the working directory, where the user's reward functions are.
     if os.getcwd() not in sys.path and "" not in sys.path:

@@ -95,15 +95,24 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: a recipe is a YAML mapping of sections such as run, model and data")
         _trace(node, (), str(path), origins)
-        return loader.construct_document(node), origins
+        return _unshared(loader.construct_document(node)), origins
     except yaml.YAMLError as error:
         raise UserError(f"{path}{_line(error)}: not valid YAML ({_problem(error)}); correct it") from None
     finally:
         loader.dispose()
 
 
+def _unshared(value: Any) -> Any:
+    # YAML aliases are one object in many places; an override is meant for one of them.
+    if isinstance(value, dict):
+        return {name: _unshared(inner) for name, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _trace(node: yaml.Node, key: Key, file: str, origins: dict[Key, str]) -> None:
     """Note the line of every key below `node`. Raises UserError for a key given twice, of which YAML keeps the last."""
+    if len(key) > 50:
+        raise UserError(f"{file}:{node.start_mark.line + 1}: nested too deeply; does an alias contain itself?")
     children: list[tuple[str | int, yaml.Node, int]] = []
     if isinstance(node, yaml.MappingNode):
         children = [(str(name.value), value, name.start_mark.line) for name, value in node.value]

@@ -89,7 +89,7 @@ def split_of(prompt: str, splits: Mapping[str, float]) -> str | None:
 
     A pure function of text and shares: equal prompts meet in one split, whatever file they come from.
     """
-    place = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") / 2**64
+    place = (int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") >> 11) / 2**53  # in [0, 1), exactly
     for name, share in splits.items():
         place -= share
         if place < 0:

@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from difflib import get_close_matches
 from itertools import islice
@@ -16,9 +15,9 @@ from typing import Any, Literal
 
 from configs.algorithms import FACTS, check
 from configs.errors import UserError
+from configs.machine import check_machine
 from configs.rows import is_file, parse_row, prompt_text, read_rows, split_of
 from configs.schema import Data, EvalScorer, Offline, Recipe, RewardComponent, SamplingParams
-from configs.seats import seats
 
 Command = Literal["demo", "train", "sft", "reward", "eval"]
 ROWS_CHECKED = 5000  # of each file; the rest is checked by the same code when it is read
@@ -38,7 +37,7 @@ RESHAPING = (
 def validate(recipe: Recipe, command: Command, config: str = "CONFIG") -> list[str]:
     """Return warnings about a recipe that is about to be run by `command`; `config` is its file, for hints.
 
-    Raises UserError for the first mistake found. Runs no user code, but for modules whose source does not show the function.
+    Raises UserError for the first mistake found. Runs no user code, but modules whose source hides the function.
     """
     online = command in ("train", "demo")
     if online:
@@ -57,7 +56,12 @@ def validate(recipe: Recipe, command: Command, config: str = "CONFIG") -> list[s
         _check_models(recipe, command, offline, config)
         for key, data in consumers.items():
             _check_rows(key, data)
-    _check_machine(recipe, command)
+    check_machine(
+        recipe,
+        vllm=online or command == "eval",
+        deepspeed=command != "eval",
+        actors=online,
+    )
     return list(_warnings(recipe)) if online else []
 
 
@@ -76,7 +80,7 @@ def _check_method(recipe: Recipe) -> None:
             f"loop.batch_prompts={f'{below} or {below + step}' if below else step}"
         )
     _check_sampled_distribution(sampling)
-    _check_lengths(recipe, "data", recipe.data, "sampling", sampling)
+    _check_room(recipe, "sampling", sampling)
 
 
 def _check_sampled_distribution(sampling: SamplingParams) -> None:
@@ -93,12 +97,11 @@ def _check_sampled_distribution(sampling: SamplingParams) -> None:
         )
 
 
-def _check_lengths(recipe: Recipe, data_key: str, data: Data, key: str, sampling: SamplingParams) -> None:
-    total = data.max_prompt_tokens + sampling.max_tokens
-    if total > recipe.model.max_length:
+def _check_room(recipe: Recipe, key: str, sampling: SamplingParams) -> None:
+    if sampling.max_tokens >= recipe.model.max_length:
         raise UserError(
-            f"{data_key}.max_prompt_tokens {data.max_prompt_tokens} + {key}.max_tokens {sampling.max_tokens} = {total} "
-            f"tokens do not fit in model.max_length {recipe.model.max_length}; lower one or raise model.max_length"
+            f"{key}.max_tokens: {sampling.max_tokens} leave no room for a prompt in model.max_length "
+            f"{recipe.model.max_length}; lower it or raise model.max_length"
         )
 
 
@@ -132,7 +135,7 @@ def _check_evaluation(recipe: Recipe, command: Command) -> None:
         _check_unique(f"{key}.scorers", [scorer.name for scorer in task.scorers])
         for j, scorer in enumerate(task.scorers):
             _check_one_source(f"{key}.scorers.{j}", scorer)
-        _check_lengths(recipe, f"{key}.data", task.data, f"{key}.sampling", task.sampling)
+        _check_room(recipe, f"{key}.sampling", task.sampling)
     primary = recipe.evaluation.primary
     metrics = [f"{task.name}/{scorer.name}" for task in tasks for scorer in task.scorers]
     if primary is not None and primary not in metrics:
@@ -341,43 +344,6 @@ def _json(key: str, path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _check_machine(recipe: Recipe, command: Command) -> None:
-    gpus = recipe.generator.resources.gpus + recipe.learner.resources.gpus
-    extra, target = ("gpu", "make gpu") if gpus else ("cpu", "make test")
-    needed = ["vllm"] * (command in ("demo", "train", "eval")) + ["deepspeed"] * (command != "eval")
-    for package in needed:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f'{package} is not installed; type {target}, or pip install -e ".[{extra}]"')
-    compilers = [os.environ.get("CXX", "c++"), "g++", "clang++"]
-    if not any(map(shutil.which, compilers)):
-        raise UserError(
-            f"no C++ compiler ({', '.join(compilers)}), and DeepSpeed builds with one; install it, "
-            "for example apt-get install g++"
-        )
-    if command in ("demo", "train") and recipe.ray.address == "local":
-        _check_capacity(recipe)
-
-
-def _check_capacity(recipe: Recipe) -> None:
-    there = {"cpus": os.cpu_count() or 1, "gpus": _gpus()}
-    for kind, available in there.items():
-        asked = {seat.name: getattr(seat.resources, kind) for seat in seats(recipe)}
-        total = math.fsum(asked.values())
-        if total > available + 1e-9:
-            shares = ", ".join(f"{name} {share:g}" for name, share in asked.items() if share)
-            raise UserError(
-                f"not enough {kind.upper()[:-1]}s: the actors ask for {total:g} ({shares}) and this machine has "
-                f"{available}; lower *.resources.{kind} or replicas, or set ray.address to a cluster"
-            )
-
-
-def _gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-
-
 def suggest(wrong: str, names: list[str]) -> str:
     """Return a hint at the nearest of `names`, or at all of them."""
     near = get_close_matches(wrong, names, n=1, cutoff=0.6)
@@ -385,6 +351,9 @@ def suggest(wrong: str, names: list[str]) -> str:
 
 
 def _warnings(recipe: Recipe) -> Iterator[str]:
+    room = recipe.model.max_length - recipe.sampling.max_tokens
+    if recipe.data.max_prompt_tokens > room:
+        yield f"prompts beyond {room} tokens are left out: model.max_length less sampling.max_tokens"
     if not recipe.evaluation.tasks:
         yield "evaluation.tasks is empty: the reward will be measured, what it stands for will not"
     if recipe.loop.staleness and recipe.algorithm.behaviour_cap is None:
