@@ -4,7 +4,8 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -96,12 +97,10 @@ class Engine:
 
     async def start(self) -> None:
         """Start vLLM's processes with random weights; return when they answer. Raises InfraError."""
-        self._set_environment()
-        arguments = self._arguments()
+        arguments, counts = self._arguments(), [_scheduler_counts(self.stats)]
         try:
-            self._llm = await asyncio.to_thread(
-                AsyncLLM.from_engine_args, arguments, stat_loggers=[_scheduler_counts(self.stats)]
-            )
+            with _environment(self._worker_environment()):
+                self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=counts)
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
         self._slots = asyncio.Semaphore(self._llm.vllm_config.scheduler_config.max_num_seqs)
@@ -143,10 +142,11 @@ class Engine:
         """Load a safetensors file and advance to `version`; an older or equal version is a no-op.
 
         Raises InfraError if the file is damaged: the engine goes on with the old version. After a failure inside
-        vLLM the weights are undefined, so the engine refuses to work until a load succeeds.
+        vLLM the weights are undefined, so the engine refuses all further work and must be replaced.
         """
         if version <= self.version:
             return
+        self._check_whole()
         try:
             with safe_open(path, framework="pt"):
                 pass
@@ -170,7 +170,8 @@ class Engine:
         await self._load(version, dict(tensor_list))
 
     async def check(self) -> None:
-        """Raise InfraError if vLLM's processes are gone."""
+        """Raise InfraError if vLLM's processes are gone or its weights undefined."""
+        self._check_whole()
         try:
             await self._engine.check_health()
         except EngineDeadError as error:
@@ -194,9 +195,12 @@ class Engine:
             raise InfraError("the engine is not running: call start() first")
         return self._llm
 
-    def _check_ready(self) -> None:
+    def _check_whole(self) -> None:
         if self.broken:
-            raise InfraError(f"the engine has no usable weights: {self.broken}")
+            raise InfraError(f"this engine must be replaced: {self.broken}")
+
+    def _check_ready(self) -> None:
+        self._check_whole()
         if self.version < 0:
             raise RuntimeError("generate was called before the first load: version 0 must be pushed first")
 
@@ -262,16 +266,18 @@ class Engine:
         self._requests += change
         self.stats.in_flight = self._requests
 
-    def _set_environment(self) -> None:
-        """Set what vLLM's CPU worker reads from the environment; its process inherits it."""
+    def _worker_environment(self) -> dict[str, str]:
+        """Return what vLLM's CPU worker, a child process, reads from its environment."""
+        options = self.options
         if not current_platform.is_cpu():
-            return
-        os.environ["VLLM_CPU_CI_ENV"] = "1"  # no warm-up
-        if self.options.engine.get("enforce_eager", True):
-            os.environ["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-prob waits 12 s for a compiler
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, self.options.cores)) or "nobind"
-        if self.options.threads:
-            os.environ["OMP_NUM_THREADS"] = str(self.options.threads)
+            return {}
+        binding = ",".join(map(str, options.cores)) or "nobind"
+        environment = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": binding}  # CI_ENV: no warm-up
+        if options.engine.get("enforce_eager", True):
+            environment["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-prob waits 12 s for a compiler
+        if options.threads:
+            environment["OMP_NUM_THREADS"] = str(options.threads)
+        return environment
 
     def _arguments(self) -> AsyncEngineArgs:
         options = self.options
@@ -328,10 +334,15 @@ class Generator:
         """Return what was counted since the start."""
         return self._engine.snapshot()
 
+    async def times(self) -> dict[str, float]:
+        """Return the seconds with and without a request in the engine, since the start."""
+        stats = self._engine.snapshot()
+        return {"busy": stats.busy_s, "waiting": stats.waiting_s}
+
     async def close(self) -> None:
         """End vLLM and remove this run's files from shared memory."""
         self._engine.close()
-        self._mailbox.clear()
+        self._mailbox.close()
 
 
 async def load_weights(engine: Engine, weights: Weights, mailbox: Mailbox) -> None:
@@ -355,6 +366,20 @@ async def load_weights(engine: Engine, weights: Weights, mailbox: Mailbox) -> No
         path = await asyncio.to_thread(mailbox.put, weights.version, buffer, weights.hash)
     await engine.load(weights.version, path)
     mailbox.remove_older(weights.version)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _vllm_sampling(sampling: Sampling, seed: int) -> VllmSampling:

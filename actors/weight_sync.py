@@ -22,8 +22,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 
-from trainers.types import InfraError
+from configs.errors import UserError
+from trainers.types import InfraError, Weights
 
 Bytes = NDArray[np.uint8]
 Transport = Literal["nccl", "object_store"]
@@ -75,14 +77,33 @@ def pack(state: Mapping[str, torch.Tensor]) -> tuple[Bytes, str]:
     return buffer, hashlib.sha256(buffer).hexdigest()
 
 
+def weights_from_directory(directory: Path, version: int) -> Weights:
+    """Return a policy in HF format on disk (one or several safetensors files) as `version`. Raises UserError."""
+    state: dict[str, torch.Tensor] = {}
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        state |= load_file(file)
+    if not state:
+        raise UserError(f"{directory}: no .safetensors file; export the policy again")
+    buffer, sha256 = pack(state)
+    return Weights(version=version, hash=sha256, handle=buffer)
+
+
 # --- object_store, generator end ---------------------------------------------------------------------------------
 
 
 class Mailbox:
-    """The versions of one run on this node, as files in shared memory that every engine of the node can read."""
+    """The versions of one run on this node, as files in shared memory that every engine of the node can read.
 
-    def __init__(self, run: str) -> None:
-        self._name = f"headroom-{os.getuid()}-{hashlib.sha256(run.encode()).hexdigest()[:12]}"
+    Engines that serve different versions (the evaluator's) need a mailbox of another name. The last to close it
+    removes the files; a killed run leaves its newest version behind, which the next run of that name replaces.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = f"headroom-{os.getuid()}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
+        first = self._roots()[0]
+        first.mkdir(mode=0o700, exist_ok=True)
+        self._users = open(first / "users", "w")  # noqa: SIM115 - its lock is held until close
+        fcntl.flock(self._users, fcntl.LOCK_SH)
 
     def find(self, version: int, sha256: str) -> Path | None:
         """Return the file of `version` if an engine of this node has written it already."""
@@ -116,9 +137,16 @@ class Mailbox:
                 if int(path.name[1:].split("-")[0]) < version:
                     path.unlink(missing_ok=True)
 
-    def clear(self) -> None:
-        """Delete everything of this run on this node."""
-        for root in self._roots():
+    def close(self) -> None:
+        """Remove the files if no other engine of this node uses them."""
+        try:
+            fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        finally:
+            roots = self._roots()
+            self._users.close()
+        for root in roots:
             shutil.rmtree(root, ignore_errors=True)
 
     def _roots(self) -> list[Path]:

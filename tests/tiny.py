@@ -114,13 +114,15 @@ def tiny_config(*, tied: bool, max_length: int = 256) -> LlamaConfig:
     )
 
 
-def tiny_model(directory: Path, *, tied: bool = True, seed: int = 0, scale: float = 12.0) -> LlamaForCausalLM:
+def tiny_model(
+    directory: Path, *, tied: bool = True, seed: int = 0, scale: float = 12.0, max_length: int = 256
+) -> LlamaForCausalLM:
     """Write a random model and its tokenizer to `directory` and return the model (float32, eval).
 
     `scale` spreads the weights so that the next-token distribution is far from uniform and differs by seed.
     """
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(tied=tied)).eval()
+    model = LlamaForCausalLM(tiny_config(tied=tied, max_length=max_length)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
