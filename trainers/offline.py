@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
+from configs.errors import UserError
 from configs.schema import Offline
 from trainers.engine import Process, TrainEngine
 from trainers.microbatch import MicroBatch, plan
@@ -183,6 +184,8 @@ def _train(
     held = {key for key in keys if _fraction(key, config.seed) < config.holdout}
     train = [i for i, key in enumerate(keys) if key not in held]
     holdout = [i for i, key in enumerate(keys) if key in held]
+    if not train:
+        raise UserError(f"{config.output}: none of {len(rows)} rows is left to train on; lower holdout or add rows")
     objective = sft_objective(rows) if kind == "sft" else preference_objective(rows)
     budget = config.engine.token_budget
     engine = TrainEngine(
