@@ -89,7 +89,8 @@ def split_of(prompt: str, splits: Mapping[str, float]) -> str | None:
 
     A pure function of text and shares: equal prompts meet in one split, whatever file they come from.
     """
-    place = (int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:8], "big") >> 11) / 2**53  # in [0, 1), exactly
+    digest = hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest()
+    place = (int.from_bytes(digest[:8], "big") >> 11) / 2**53  # in [0, 1): a float holds 53 bits
     for name, share in splits.items():
         place -= share
         if place < 0:

@@ -51,8 +51,8 @@ def validate(recipe: Recipe, command: Command, config: str = "CONFIG") -> list[s
         _check_split(key, data)
     for key, name in _functions(recipe, command):
         _check_function(key, name)
-    # A recipe that prepares itself makes its own models and data.
-    if recipe.run.prepare is None or Path(recipe.model.path).exists():
+    # The demo, and a recipe that prepares itself, make their own models and data.
+    if command != "demo" and (recipe.run.prepare is None or Path(recipe.model.path).exists()):
         _check_models(recipe, command, offline, config)
         for key, data in consumers.items():
             _check_rows(key, data)
