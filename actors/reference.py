@@ -15,7 +15,7 @@ class ReferenceActor:
     """Adds reference log-probs at the sampling temperature; made a Ray actor by `cluster/`."""
 
     def __init__(
-        self, path: str, reference: Reference, *, dtype: DType, temperature: float, threads: int | None = None
+        self, path: str, reference: Reference, dtype: DType, temperature: float, threads: int | None = None
     ) -> None:
         if threads:
             torch.set_num_threads(threads)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.errors import UserError
 from configs.rows import Row, is_file, parse_row, prompt_text, read_rows, split_of
@@ -25,6 +25,7 @@ class Pair:
     """A preference: two conversations that share their prompt, as tokens of a reward model."""
 
     uid: str
+    prompt: str  # decides what is held out: never both
     chosen: Ints  # (C,)
     rejected: Ints  # (R,)
 
@@ -100,6 +101,16 @@ class PromptStream:
         return self.start_at(0)
 
 
+def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model directory or public id. Raises UserError if there is none."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"model {path}: no tokenizer can be loaded ({first}); give an HF directory or id") from error
+    return tokenizer
+
+
 def load_rows(data: Data) -> list[Row]:
     """Return the parsed rows of `data.split`, in file order. Raises UserError naming file and row."""
     rows = [row for where, raw in _raw_rows(data) if (row := parse_row(raw, data, where)) is not None]
@@ -123,7 +134,14 @@ def load_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) 
             raise UserError(f"{data.path}: format {data.format!r} has no preferences; set data.format=hh or pairs")
         messages = with_system(row.messages, data.system_prompt)
         chosen, rejected = (conversation_ids(tokenizer, messages, text) for text in (row.chosen, row.rejected))
-        pairs.append(Pair(uid=f"p{number}", chosen=np.array(chosen, np.int32), rejected=np.array(rejected, np.int32)))
+        pairs.append(
+            Pair(
+                uid=f"p{number}",
+                prompt=prompt_text(row.messages),
+                chosen=np.array(chosen, np.int32),
+                rejected=np.array(rejected, np.int32),
+            )
+        )
     return _fitting(pairs, [max(len(p.chosen), len(p.rejected)) for p in pairs], max_length, rows, data)
 
 
