@@ -279,3 +279,24 @@ class Recipe(Section):
     sft: Offline | None = None
     reward_models: dict[str, Offline] = {}
     """What `headroom reward` trains, by name."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, tree: Any) -> Any:
+        """Replace `${data.path}` by the value of that key, so that one override reaches every place that repeats it."""
+        return _resolved(tree, tree) if isinstance(tree, dict) else tree
+
+
+def _resolved(value: Any, tree: dict[str, Any]) -> Any:
+    if isinstance(value, dict):
+        return {key: _resolved(inner, tree) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_resolved(inner, tree) for inner in value]
+    if not (isinstance(value, str) and value.startswith("${") and value.endswith("}")):
+        return value
+    found: Any = tree
+    for part in value[2:-1].split("."):
+        if not isinstance(found, dict) or part not in found:
+            raise ValueError(f"{value} names no key that is set in this recipe")
+        found = found[part]
+    return found

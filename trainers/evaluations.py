@@ -43,11 +43,6 @@ def milestones(steps: int, every: int) -> frozenset[int]:
     return frozenset({0, steps, min(versions, key=lambda version: abs(2 * version - steps))})
 
 
-def due(task: EvalTask, version: int, steps: int, every: int) -> bool:
-    """Whether `task` runs at this version."""
-    return version in (due_versions(steps, every) if task.at == "every" else milestones(steps, every))
-
-
 def summarise(
     version: int, task: str, groups: Sequence[Group], raw: Mapping[str, Sequence[Sequence[float]]]
 ) -> Evaluation:
