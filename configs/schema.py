@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from configs.algorithms import FACTS
+from configs.errors import UserError
 
 
 class Section(BaseModel):
@@ -297,6 +298,6 @@ def _resolved(value: Any, tree: dict[str, Any]) -> Any:
     found: Any = tree
     for part in value[2:-1].split("."):
         if not isinstance(found, dict) or part not in found:
-            raise ValueError(f"{value} names no key that is set in this recipe")
+            raise UserError(f"{value}: no such key is set in this recipe; name one that the file or command line sets")
         found = found[part]
     return found
