@@ -10,6 +10,8 @@ import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from actors.weight_sync import Transport
+from trainers.evaluations import milestones
 from trainers.types import (
     Batch,
     Evaluation,
@@ -94,7 +96,7 @@ class GeneratorGroup:
         began = time.monotonic()
         what = f"loading version {weights.version}"
         loads = [replica.load.remote(weights) for replica in self._replicas.replicas]
-        await asyncio.gather(*(call(load, what, self._deadline_s) for load in loads))
+        await asyncio.gather(self._learner.send(weights), *(call(load, what, self._deadline_s) for load in loads))
         self._gauges["sync/seconds"] = time.monotonic() - began
         expected = await self._learner.probe_logprobs(self._probe)
         probes = [replica.probe.remote(self._probe) for replica in self._replicas.replicas]
@@ -126,9 +128,12 @@ class ScorerGroup:
 class LearnerGroup:
     """The ranks of the policy, and those of the critic where the algorithm has one."""
 
-    def __init__(self, ranks: Sequence[Any], critic: Sequence[Any], *, version: int, deadline_s: float) -> None:
+    def __init__(
+        self, ranks: Sequence[Any], critic: Sequence[Any], *, version: int, transport: Transport, deadline_s: float
+    ) -> None:
         self._ranks = ranks
         self._critic = critic
+        self._publish = "announce" if transport == "nccl" else "publish"
         self._deadline_s = deadline_s
         self.version = version
 
@@ -145,13 +150,18 @@ class LearnerGroup:
 
     async def publish(self) -> Weights:
         """Advance the version and publish its weights."""
-        weights = await self.weights(self.version + 1)
+        weights = (await self._each(self._ranks, self._publish, self.version + 1))[0]
         self.version = weights.version
         return weights
 
-    async def weights(self, version: int) -> Weights:
-        """Make the current parameters available as `version`."""
-        return (await self._each(self._ranks, "publish", version))[0]
+    async def stored(self) -> Weights:
+        """Put the current version into the object store: for the first load, late joiners and the evaluator."""
+        return (await self._each(self._ranks, "publish", self.version))[0]
+
+    async def send(self, weights: Weights) -> None:
+        """Broadcast announced weights; nothing to do for weights that lie in the object store."""
+        if isinstance(weights.handle, Mapping):
+            await self._each(self._ranks[:1], "send")
 
     async def probe_logprobs(self, probe: Ints) -> Floats:
         """Return the learner's own prompt log-probs of the probe, (L-1,)."""
@@ -174,7 +184,7 @@ class LearnerGroup:
         await self._each(self._ranks, "export", path)
 
     async def _each(self, ranks: Sequence[Any], method: str, *args: Any) -> list[Any]:
-        shared = [ray.put(arg) if isinstance(arg, Batch) else arg for arg in args]
+        shared = [ray.put(arg) if ranks and isinstance(arg, Batch) else arg for arg in args]
         calls = [getattr(rank, method).remote(*shared) for rank in ranks]
         return await asyncio.gather(*(call(c, f"learner {method}", self._deadline_s) for c in calls))
 
@@ -185,7 +195,7 @@ class EvaluatorGroup:
     def __init__(self, actor: Any | None, *, steps: int, every: int, deadline_s: float) -> None:
         self._actor = actor
         self._deadline_s = deadline_s
-        self._landmarks = {0, every * round(steps / 2 / every), steps}
+        self._landmarks = milestones(steps, every)
 
     async def evaluate(self, weights: Weights) -> Sequence[Evaluation]:
         """Run the tasks due at this version."""
@@ -196,18 +206,19 @@ class EvaluatorGroup:
         return await call(call_, f"evaluating version {weights.version}", self._deadline_s)
 
 
-class Busy:
-    """Share of its time that each actor worked since the last reading."""
+class Clocks:
+    """How long each actor worked since the last reading."""
 
     def __init__(self, actors: Mapping[str, Any]) -> None:
-        self._actors = actors  # name -> handle with an async `busy_seconds()`
+        self._actors = actors  # name -> handle with `times()`: seconds busy and waiting since its start
         self._last = dict.fromkeys(actors, 0.0)
 
     async def read(self) -> dict[str, float]:
-        """Return `time/<actor>_busy` in seconds since the last reading."""
-        totals = await asyncio.gather(*(call(a.busy_seconds.remote(), n, 60) for n, a in self._actors.items()))
+        """Return `time/<actor>_busy`: seconds since the last reading."""
+        handles = self._actors.items()
+        totals = await asyncio.gather(*(call(actor.times.remote(), f"times of {name}", 60) for name, actor in handles))
         busy = {}
         for name, total in zip(self._actors, totals, strict=True):
-            busy[f"time/{name}_busy"] = total - self._last[name]
-            self._last[name] = total
+            busy[f"time/{name}_busy"] = total["busy"] - self._last[name]
+            self._last[name] = total["busy"]
         return busy

@@ -4,7 +4,6 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -13,32 +12,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from configs.errors import UserError
 from configs.schema import Recipe, Resources
-from trainers.algorithms import ALGORITHMS
+from configs.seats import seats
 from trainers.types import InfraError
 
 log = logging.getLogger("headroom")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """One actor process: its name, and what it needs."""
-
-    name: str  # "generator-0"
-    resources: Resources
-
-
-def seats(recipe: Recipe) -> list[Seat]:
-    """List every actor process that `recipe` starts."""
-    algorithm = ALGORITHMS[recipe.algorithm.name]
-    wanted = [
-        ("learner", recipe.learner.ranks, recipe.learner.resources),
-        ("critic", recipe.critic.ranks if algorithm.needs_critic else 0, recipe.critic.resources),
-        ("generator", recipe.generator.replicas, recipe.generator.resources),
-        ("reward", recipe.reward.replicas, recipe.reward.resources),
-        ("reference", int(recipe.algorithm.kl.where != "none"), recipe.reference.resources),
-        ("evaluator", int(bool(recipe.evaluation.tasks)), recipe.evaluation.resources),
-    ]
-    return [Seat(name=f"{role}-{i}", resources=res) for role, count, res in wanted for i in range(count)]
 
 
 class Placement:
@@ -58,8 +35,8 @@ class Placement:
             there = ray.cluster_resources()
             remove_placement_group(self._group)
             raise UserError(
-                f"no place for the actors: they ask for {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs, the cluster has "
-                f"{there.get('CPU', 0):g} and {there.get('GPU', 0):g}; lower the *.resources or replicas, or add nodes"
+                f"no place for the actors: they ask for {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs, the cluster "
+                f"has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; lower *.resources or replicas, or add nodes"
             ) from None
 
     def options(self, name: str) -> dict[str, Any]:

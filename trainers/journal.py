@@ -174,7 +174,9 @@ async def as_coroutine(awaitable: Awaitable[None]) -> None:
 def evaluation_means(results: Sequence[Evaluation]) -> dict[str, float]:
     """Return `task/metric` -> mean over the prompts."""
     return {
-        f"{result.task}/{metric}": float(np.mean(scores)) for result in results for metric, scores in result.scores.items()
+        f"{result.task}/{metric}": float(np.mean(scores))
+        for result in results
+        for metric, scores in result.scores.items()
     }
 
 

@@ -19,7 +19,7 @@ class Pins:
 
     def versions(self) -> list[int]:
         """Return the versions that are kept, oldest first."""
-        return sorted(int(path.name.removeprefix(PREFIX)) for path in self.root.glob(f"{PREFIX}[0-9]*") if path.is_dir())
+        return sorted(int(path.name.removeprefix(PREFIX)) for path in self.root.glob(f"{PREFIX}[0-9]*"))
 
     async def keep(self, version: int, export: Callable[[str], Awaitable[None]]) -> None:
         """Export `version` unless it is there already; a kill leaves no half model under its name."""

@@ -1,0 +1,213 @@
+"""The actors of one run: created on their seats, started in the order in which they can be, closed at the end."""
+
+import asyncio
+import importlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from safetensors.torch import load_file
+
+from actors.evaluator import EvaluatorActor
+from actors.generator import EngineOptions, Generator
+from actors.learner import CriticRank, LearnerRank
+from actors.reference import ReferenceActor
+from actors.reward import RewardActor
+from actors.weight_sync import NcclGroup, choose_transport, pack
+from cluster.group import Clocks, EvaluatorGroup, GeneratorGroup, LearnerGroup, ScorerGroup, call
+from cluster.placement import Placement, all_ready
+from configs.schema import GeneratorConfig, Recipe, Resources, SamplingParams
+from trainers.algorithms import ALGORITHMS
+from trainers.data import PromptStream, load_rows, load_tokenizer
+from trainers.types import Sampling, Weights
+
+log = logging.getLogger("headroom")
+STARTUP_S = 900.0
+STEP_S = 3600.0
+PROBE_TOKENS = 32  # long enough to involve attention, short enough to cost nothing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cast:
+    """Everything that `trainers.online.run` talks to, and the prompts."""
+
+    learner: LearnerGroup
+    generator: GeneratorGroup
+    scorers: Sequence[ScorerGroup]
+    evaluator: EvaluatorGroup
+    clocks: Clocks
+    prompts: PromptStream
+    engines: Sequence[Any]  # the actors that run vLLM
+
+    async def gauges(self) -> dict[str, float]:
+        """Return what the actors say about their last step."""
+        return {**self.generator.gauges(), **await self.clocks.read()}
+
+    async def close(self) -> None:
+        """End the engines' own processes, which Ray does not know."""
+        closing = (call(engine.close.remote(), "closing an engine", 30) for engine in self.engines)
+        await asyncio.gather(*closing, return_exceptions=True)
+
+
+class Company:
+    """Creates actors on their seats and remembers them by seat name."""
+
+    def __init__(self, placement: Placement) -> None:
+        self.actors: dict[str, Any] = {}
+        self._placement = placement
+
+    def hire(self, cls: type, name: str, *args: Any, concurrency: int | None = None, **kwargs: Any) -> Any:
+        """Create one actor; it starts as soon as its process is up."""
+        options = self._placement.options(name) | ({"max_concurrency": concurrency} if concurrency else {})
+        self.actors[name] = ray.remote(cls).options(**options).remote(*args, **kwargs)
+        return self.actors[name]
+
+    def of(self, role: str) -> dict[str, Any]:
+        """Return the actors of one role, by name."""
+        return {name: actor for name, actor in self.actors.items() if name.rpartition("-")[0] == role}
+
+
+async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast:
+    """Start every actor. The engines come up while `run.prepare` makes what the others need."""
+    prepare = preparation(recipe)
+    company = Company(placement)
+    engines = asyncio.create_task(all_ready(hire_engines(recipe, company), STARTUP_S))
+    await asyncio.to_thread(prepare)
+    hire_networks(recipe, company)
+    prompts = load_prompts(recipe)
+    scorers = company.of("reward") | company.of("reference")
+    starts = {name: actor.ready.remote() for name, actor in scorers.items()}
+    starts |= await rendezvous(company.of("learner")) | await rendezvous(company.of("critic"))
+    await asyncio.gather(all_ready(starts, STARTUP_S), engines)
+
+    transport = choose_transport(
+        recipe.generator.transport, learner_gpus=recipe.learner.resources.gpus,
+        generator_gpus=recipe.generator.resources.gpus,
+    )
+    ranks, replicas = list(company.of("learner").values()), list(company.of("generator").values())
+    if transport == "nccl":
+        await connect_nccl(ranks[0], replicas, recipe.generator)
+    learner = LearnerGroup(
+        ranks, list(company.of("critic").values()), version=version, transport=transport, deadline_s=STEP_S
+    )
+    generator = GeneratorGroup(
+        replicas, sampling_of(recipe.sampling), probe=prompts[0].token_ids[:PROBE_TOKENS], learner=learner,
+        deadline_s=recipe.generator.deadline_s, retries=recipe.generator.retries,
+    )
+    evaluator = EvaluatorGroup(
+        company.actors.get("evaluator-0"), steps=recipe.run.steps, every=recipe.evaluation.every,
+        deadline_s=recipe.evaluation.deadline_s,
+    )
+    return Cast(
+        learner=learner, generator=generator, evaluator=evaluator, prompts=prompts,
+        scorers=[
+            ScorerGroup(role, list(company.of(role).values()), deadline_s=recipe.generator.deadline_s)
+            for role in ("reward", "reference")
+            if company.of(role)
+        ],
+        clocks=Clocks(company.actors),
+        engines=[*replicas, *company.of("evaluator").values()],
+    )
+
+
+def hire_engines(recipe: Recipe, company: Company) -> dict[str, Any]:
+    """Create what runs vLLM and return the calls that start it; it needs no weights yet, only tokenizer and config."""
+    run = Path(recipe.run.dir.format(name=recipe.run.name)).resolve().as_posix()
+    sampling = sampling_of(recipe.sampling)
+    for i in range(recipe.generator.replicas):
+        options = engine_options(recipe, recipe.generator, run)
+        company.hire(Generator, f"generator-{i}", options, sampling, concurrency=1000)
+    if recipe.evaluation.tasks:
+        company.hire(EvaluatorActor, "evaluator-0", recipe, run, concurrency=4)
+    return {name: actor.start.remote() for name, actor in company.actors.items()}
+
+
+def hire_networks(recipe: Recipe, company: Company) -> None:
+    """Create what loads weights from disk: learner, critic, reward and reference."""
+    for i in range(recipe.reward.replicas):
+        company.hire(RewardActor, f"reward-{i}", recipe.reward, threads=threads_of(recipe.reward.resources),
+                     concurrency=100)
+    if recipe.algorithm.kl.where != "none":
+        company.hire(
+            ReferenceActor, "reference-0", recipe.reference.path or recipe.model.path, recipe.reference,
+            dtype=recipe.model.dtype, temperature=recipe.sampling.temperature,
+            threads=threads_of(recipe.reference.resources), concurrency=100,
+        )
+    for i in range(recipe.learner.ranks):
+        company.hire(LearnerRank, f"learner-{i}", recipe, i, recipe.learner.ranks)
+    if ALGORITHMS[recipe.algorithm.name].needs_critic:
+        for i in range(recipe.critic.ranks):
+            company.hire(CriticRank, f"critic-{i}", recipe, i, recipe.critic.ranks)
+
+
+def load_prompts(recipe: Recipe) -> PromptStream:
+    """Load and render the prompts of the run, and say how many are too long."""
+    room = min(recipe.data.max_prompt_tokens, recipe.model.max_length - recipe.sampling.max_tokens)
+    tokenizer = load_tokenizer(recipe.model.path)
+    prompts = PromptStream(load_rows(recipe.data), tokenizer, recipe.data, room, recipe.run.seed)
+    if prompts.too_long:
+        log.warning("%d prompts are longer than %d tokens and left out", prompts.too_long, room)
+    return prompts
+
+
+def threads_of(resources: Resources) -> int | None:
+    """Return the torch threads of an actor on CPUs, or None to leave them on a GPU machine."""
+    return None if resources.gpus else max(1, round(resources.cpus))
+
+
+def preparation(recipe: Recipe) -> Callable[[], None]:
+    """Return what makes the recipe's missing inputs; its quick part, which the engines start from, is done here."""
+    if recipe.run.prepare is None:
+        return lambda: None
+    module, function = recipe.run.prepare.split(":")
+    builder = importlib.import_module(module)
+    if hasattr(builder, "skeleton"):
+        builder.skeleton(recipe)
+    return lambda: getattr(builder, function)(recipe)
+
+
+async def rendezvous(ranks: Mapping[str, Any]) -> dict[str, Any]:
+    """Start the ranks of one torch.distributed group where its rank 0 runs."""
+    if not ranks:
+        return {}
+    first = next(iter(ranks.values()))
+    address, port = await call(first.rendezvous.remote(), "starting the learner", STARTUP_S)
+    return {name: rank.start.remote(address, port) for name, rank in ranks.items()}
+
+
+async def connect_nccl(learner: Any, replicas: Sequence[Any], config: GeneratorConfig) -> None:
+    """Join the learner's first rank and all vLLM workers into one transfer group. Written, not run yet."""
+    workers = int(config.engine.get("tensor_parallel_size", 1)) * int(config.engine.get("pipeline_parallel_size", 1))
+    address, port = await call(learner.rendezvous.remote(), "nccl rendezvous", STARTUP_S)
+    group = NcclGroup(master_address=address, master_port=port, world_size=1 + workers * len(replicas))
+    joins = [replica.join.remote(group, 1 + i * workers) for i, replica in enumerate(replicas)]
+    await asyncio.gather(*(call(c, "nccl rendezvous", STARTUP_S) for c in (learner.connect.remote(group), *joins)))
+
+
+def sampling_of(params: SamplingParams) -> Sampling:
+    """Turn the config section into the message."""
+    return Sampling(
+        n=params.n, max_tokens=params.max_tokens, temperature=params.temperature, top_p=params.top_p,
+        top_k=params.top_k, stop=tuple(params.stop), extra=params.extra,
+    )
+
+
+def engine_options(recipe: Recipe, config: GeneratorConfig, run: str) -> EngineOptions:
+    """Return how a generator's vLLM engine is started. Weights are pushed before the first request."""
+    return EngineOptions(
+        model_path=recipe.model.path, run=run, dtype=recipe.model.dtype, max_length=recipe.model.max_length,
+        update=config.update, deadline_s=config.deadline_s, kv_cache_gb=config.kv_cache_gb,
+        threads=threads_of(config.resources), engine=config.engine,
+    )
+
+
+def stored_model(path: Path, version: int) -> Weights:
+    """Put an exported HF model into the object store as `version`."""
+    state = {}
+    for file in sorted(path.glob("*.safetensors")):
+        state |= load_file(file)
+    buffer, digest = pack(state)
+    return Weights(version=version, hash=digest, handle=ray.put(buffer))
