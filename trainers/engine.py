@@ -93,10 +93,13 @@ def deepspeed_config(config: schema.Engine, dtype: Literal["float32", "bfloat16"
         zero["offload_param"] = offload
     if config.zero == 3:
         zero["stage3_param_persistence_threshold"] = 0 if config.offload else 100_000
-    # torch's own AdamW: nothing to compile, on CPU or GPU.
-    adam = {"torch_adam": True, "lr": optimizer.learning_rate, "betas": list(optimizer.betas),
+    # torch's own fused AdamW: nothing to compile, on CPU or GPU.
+    adam = {"torch_adam": True, "fused": True, "lr": optimizer.learning_rate, "betas": list(optimizer.betas),
             "weight_decay": optimizer.weight_decay}
+    # Many micro-batches add up in fp32; DeepSpeed can do that from stage 2 on.
+    accumulate = "fp32" if config.zero >= 2 or dtype == "float32" else "bf16"
     return {
+        "data_types": {"grad_accum_dtype": accumulate},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.max_grad_norm,

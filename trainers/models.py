@@ -84,7 +84,9 @@ class PolicyModel(nn.Module):
         return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logits = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config()) / temperature
+        logits = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config())
+        if temperature != 1.0:  # spares a pass over the vocabulary
+            logits = logits / temperature
         normaliser = logits.logsumexp(-1)
         logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
         with torch.no_grad():
