@@ -4,9 +4,9 @@ import asyncio
 import hashlib
 import os
 import time
-from collections.abc import Awaitable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from actors.weight_sync import BACKEND, WORKER_EXTENSION, Bytes, Mailbox, NcclGroup, register_with_vllm
+from actors.weight_sync import BACKEND, WORKER_EXTENSION, Mailbox, NcclGroup, load_weights, register_with_vllm
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
 
 register_with_vllm()
@@ -91,7 +91,6 @@ class Engine:
         self._slots = asyncio.Semaphore(1)
         self._open = asyncio.Event()
         self._loading = asyncio.Lock()
-        self._requests = 0
         self._serial = 0  # a retried sample needs a fresh request id
         self._changed = 0.0  # when the engine last became busy or idle
 
@@ -103,7 +102,7 @@ class Engine:
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=counts)
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
-        self._slots = asyncio.Semaphore(self._llm.vllm_config.scheduler_config.max_num_seqs)
+        self._slots = asyncio.Semaphore(self._engine.vllm_config.scheduler_config.max_num_seqs)
         self._changed = time.monotonic()
         self._open.set()
 
@@ -156,13 +155,7 @@ class Engine:
 
     async def join(self, group: NcclGroup, rank_offset: int) -> None:
         """Enter the learner's nccl group as ranks `rank_offset` … (not run yet: needs GPUs)."""
-        info = {
-            "master_address": group.master_address,
-            "master_port": group.master_port,
-            "rank_offset": rank_offset,
-            "world_size": group.world_size,
-            "packed": True,
-        }
+        info = asdict(group) | {"rank_offset": rank_offset, "packed": True}
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=info))
 
     async def receive(self, version: int, tensor_list: Mapping[str, Any]) -> None:
@@ -180,8 +173,7 @@ class Engine:
     def snapshot(self) -> EngineStats:
         """Return the statistics up to now."""
         self._count_time()
-        self.stats.in_flight = self._requests
-        return self.stats
+        return replace(self.stats)
 
     def close(self) -> None:
         """End vLLM's processes; the engine cannot be used again."""
@@ -258,13 +250,12 @@ class Engine:
 
     def _count_time(self, change: int = 0) -> None:
         now = time.monotonic()
-        if self._requests:
+        if self.stats.in_flight:
             self.stats.busy_s += now - self._changed
         else:
             self.stats.waiting_s += now - self._changed
         self._changed = now
-        self._requests += change
-        self.stats.in_flight = self._requests
+        self.stats.in_flight += change
 
     def _worker_environment(self) -> dict[str, str]:
         """Return what vLLM's CPU worker, a child process, reads from its environment."""
@@ -345,41 +336,16 @@ class Generator:
         self._mailbox.close()
 
 
-async def load_weights(engine: Engine, weights: Weights, mailbox: Mailbox) -> None:
-    """Fetch `weights` to this node unless it is here, and load it.
-
-    The handle is a path, a buffer, an awaitable that gives a buffer (a Ray object reference), or the tensor list of
-    an nccl broadcast.
-    """
-    if weights.version <= engine.version:
-        return
-    handle = weights.handle
-    if isinstance(handle, Mapping):
-        await engine.receive(weights.version, handle)
-        return
-    if isinstance(handle, str | Path):
-        await engine.load(weights.version, Path(handle))
-        return
-    path = mailbox.find(weights.version, weights.hash)
-    if path is None:
-        buffer: Bytes = await handle if isinstance(handle, Awaitable) else handle
-        path = await asyncio.to_thread(mailbox.put, weights.version, buffer, weights.hash)
-    await engine.load(weights.version, path)
-    mailbox.remove_older(weights.version)
-
-
 @contextmanager
 def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in variables}
+    before = {name: os.environ[name] for name in variables if name in os.environ}
     os.environ.update(variables)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def _vllm_sampling(sampling: Sampling, seed: int) -> VllmSampling:
@@ -421,9 +387,7 @@ def _scheduler_counts(stats: EngineStats) -> type[PrometheusStatLogger]:
         def __init__(self, vllm_config: Any, engine_indexes: list[int] | None = None) -> None:
             self.engine_indexes = engine_indexes or [0]
 
-        def record(
-            self, scheduler_stats: Any, iteration_stats: Any, mm_cache_stats: Any = None, engine_idx: int = 0
-        ) -> None:
+        def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
             if iteration_stats is not None:
                 stats.preemptions += iteration_stats.num_preempted_reqs
             if scheduler_stats is not None:

@@ -8,16 +8,17 @@ Late joiners and restarted generators always catch up through the object store. 
 vLLM 0.32 and has not been run yet: it needs at least two GPUs.
 """
 
+import asyncio
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -152,6 +153,41 @@ class Mailbox:
     def _roots(self) -> list[Path]:
         memory = [Path("/dev/shm")] if os.access("/dev/shm", os.W_OK) else []
         return [parent / self._name for parent in (*memory, Path(tempfile.gettempdir()))]
+
+
+class Receiver(Protocol):
+    """What `load_weights` needs of an engine."""
+
+    version: int
+
+    async def load(self, version: int, path: Path) -> None:
+        """Load a file."""
+
+    async def receive(self, version: int, tensor_list: Mapping[str, Any]) -> None:
+        """Load an nccl broadcast."""
+
+
+async def load_weights(engine: Receiver, weights: Weights, mailbox: Mailbox) -> None:
+    """Fetch `weights` to this node unless it is here, and load it.
+
+    The handle is a path, a buffer, an awaitable that gives a buffer (a Ray object reference), or the tensor list of
+    an nccl broadcast.
+    """
+    if weights.version <= engine.version:
+        return
+    handle = weights.handle
+    if isinstance(handle, Mapping):
+        await engine.receive(weights.version, handle)
+        return
+    if isinstance(handle, str | Path):
+        await engine.load(weights.version, Path(handle))
+        return
+    path = mailbox.find(weights.version, weights.hash)
+    if path is None:
+        buffer: Bytes = await handle if isinstance(handle, Awaitable) else handle
+        path = await asyncio.to_thread(mailbox.put, weights.version, buffer, weights.hash)
+    await engine.load(weights.version, path)
+    mailbox.remove_older(weights.version)
 
 
 def _file_name(version: int, sha256: str) -> str:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load
 from transformers import LlamaForCausalLM
 
-from actors.generator import Engine, EngineOptions, load_weights, sample_seed
-from actors.weight_sync import Mailbox, choose_transport, pack
+from actors.generator import Engine, EngineOptions, sample_seed
+from actors.weight_sync import Mailbox, choose_transport, load_weights, pack, weights_from_directory
 from tests.tiny import tiny_model
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Sampling, VersionSpan, Weights
 
@@ -256,6 +256,12 @@ def test_packed_weights_are_a_safetensors_file() -> None:
     assert all(torch.equal(read[name], state[name]) and read[name].dtype == state[name].dtype for name in read)
     assert pack(dict(reversed(state.items())))[1] == sha256
     assert pack({**state, "b": state["b"] + 1})[1] != sha256
+
+
+def test_an_exported_policy_is_packed_as_the_learner_packs_it(tmp_path: Path) -> None:
+    model = tiny_model(tmp_path, tied=True)
+    weights = weights_from_directory(tmp_path, 7)
+    assert (weights.version, weights.hash) == (7, pack(model.state_dict())[1])
 
 
 def test_mailbox_holds_one_copy_per_node(tmp_path: Path) -> None:
