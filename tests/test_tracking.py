@@ -54,7 +54,9 @@ def test_everything_arrives_once_and_a_resume_continues_the_run(tmp_path: Path) 
     rundir = RunDir(tmp_path / "run").create()
     for incarnation in range(2):
         with Tracker(recipe(uri), rundir, incarnation=incarnation) as tracker:
-            tracker.log_dataset("train", digest="d" * 64, source="public/data", context="training", split="train", rows=3)
+            tracker.log_dataset(
+                "train", digest="d" * 64, source="public/data", context="training", split="train", rows=3
+            )
             begin = 1 if incarnation == 0 else 2
             for version in range(begin, 4):
                 tracker.log_metrics(version, {"reward/mean": version + 10.0 * incarnation, "odd@key//x": float("nan")})
@@ -79,7 +81,13 @@ def test_everything_arrives_once_and_a_resume_continues_the_run(tmp_path: Path) 
     assert "odd_key/x" in run.data.metrics
     assert run.data.params["generator.engine.hf_token"] == "***" and run.data.params["sampling.max_tokens"] == "48"
     assert len(run.data.params["generator.engine.note"]) == 500
-    assert {"config.model", "config.reward", "config.algorithm", "config.evaluation", "config.data"} <= run.data.tags.keys()
+    assert {
+        "config.model",
+        "config.reward",
+        "config.algorithm",
+        "config.evaluation",
+        "config.data",
+    } <= run.data.tags.keys()
     assert [found.dataset.digest for found in run.inputs.dataset_inputs] == ["d" * 36]
     assert {a.path for a in client.list_artifacts(run_id)} >= {"config", "evaluations", "samples"}
     table = mlflow.load_table("samples/version-000001.json", run_ids=[run_id])
@@ -137,10 +145,16 @@ def test_a_server_that_comes_up_late_gets_every_metric_once(tmp_path: Path, capl
 
 
 def test_secrets_are_masked_and_token_counts_are_not() -> None:
-    tree = {"a": {"max_tokens": 4, "api_key": 12, "token": "t"}, "uri": "http://me:pw@h/x?sig=abc&n=1", "l": [{"password": "p"}]}
+    tree = {
+        "a": {"max_tokens": 4, "api_key": 12, "token": "t"},
+        "uri": "http://me:pw@h/x?sig=abc&n=1",
+        "l": [{"password": "p"}],
+    }
     assert masked(tree) == {
-        "a": {"max_tokens": 4, "api_key": "***", "token": "***"}, "uri": "http://***@h/x?sig=***&n=1", "l": [{"password": "***"}],
-    }  # fmt: skip
+        "a": {"max_tokens": 4, "api_key": "***", "token": "***"},
+        "uri": "http://***@h/x?sig=***&n=1",
+        "l": [{"password": "***"}],
+    }
     assert printable_uri("sqlite:///mlflow.db") == "sqlite:///mlflow.db"
     assert short("a" * 10) == "a" * 10 and short("a" * 600) != short("a" * 601) and len(short("a" * 600)) == 500
 

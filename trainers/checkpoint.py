@@ -26,7 +26,7 @@ TEMPORARY = ".tmp-"
 log = logging.getLogger(__name__)
 
 
-class BrokenCheckpoint(Exception):
+class CheckpointError(Exception):
     """A checkpoint does not hold what its manifest says."""
 
 
@@ -63,24 +63,24 @@ def save(root: Path, step: int, write: Callable[[Path], None], meta: Mapping[str
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Return the meta of a checkpoint after reading all of it. Raises BrokenCheckpoint saying what is wrong."""
+    """Return the meta of a checkpoint after reading all of it. Raises CheckpointError saying what is wrong."""
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
         digest, files, meta = manifest.pop("digest"), manifest["files"], dict(manifest["meta"])
     except FileNotFoundError:
-        raise BrokenCheckpoint(f"it has no {MANIFEST}") from None
+        raise CheckpointError(f"it has no {MANIFEST}") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise BrokenCheckpoint(f"{MANIFEST} is not readable") from None
+        raise CheckpointError(f"{MANIFEST} is not readable") from None
     if content_hash(manifest) != digest:
-        raise BrokenCheckpoint(f"{MANIFEST} was changed")
+        raise CheckpointError(f"{MANIFEST} was changed")
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
-            raise BrokenCheckpoint(f"{name} is missing")
+            raise CheckpointError(f"{name} is missing")
         if file.stat().st_size != expected["size"]:
-            raise BrokenCheckpoint(f"{name} has {file.stat().st_size} bytes instead of {expected['size']}")
+            raise CheckpointError(f"{name} has {file.stat().st_size} bytes instead of {expected['size']}")
         if _sha256(file) != expected["sha256"]:
-            raise BrokenCheckpoint(f"{name} is corrupt (sha256 differs)")
+            raise CheckpointError(f"{name} is corrupt (sha256 differs)")
     return meta
 
 
@@ -91,7 +91,7 @@ def find_latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     for _, path in sorted(_checkpoints(root).items(), reverse=True):
         try:
             return path, verify(path)
-        except BrokenCheckpoint as problem:
+        except CheckpointError as problem:
             log.warning("checkpoint %s: %s; skipped, trying the one before it", path, problem)
     return None
 

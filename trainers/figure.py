@@ -13,7 +13,11 @@ BLUE, REDS = "#2b6cb0", ("#c05621", "#2f855a", "#6b46c1", "#975a16", "#b83280")
 
 
 def curves(
-    path: Path, reward: Curve, evaluations: Mapping[str, Curve], kl: Sequence[tuple[int, float]], best: int | None = None
+    path: Path,
+    reward: Curve,
+    evaluations: Mapping[str, Curve],
+    kl: Sequence[tuple[int, float]],
+    best: int | None = None,
 ) -> Path:
     """Draw proxy reward and evaluations over the policy version, and the KL below, as a PNG.
 

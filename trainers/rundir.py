@@ -62,7 +62,8 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
     return {
         key: (before.get(key), after.get(key))
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        if before.get(key) != after.get(key)
+        and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
     }
 
 
@@ -145,7 +146,9 @@ class RunDir:
             for directory in (self.path, self.checkpoints, self.evaluations, self.samples):
                 directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"run.dir: {self.path} cannot be created ({error.strerror}); choose another run.dir") from None
+            raise UserError(
+                f"run.dir: {self.path} cannot be created ({error.strerror}); choose another run.dir"
+            ) from None
         return self
 
     def lock(self) -> Lock:

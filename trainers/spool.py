@@ -25,11 +25,11 @@ INCARNATION = "run/incarnation"  # a point of this metric where an incarnation t
 log = logging.getLogger(__name__)
 
 
-class Unavailable(Exception):
+class UnavailableError(Exception):
     """The server did not take the records now; the same records may go later."""
 
 
-class Rejected(Exception):
+class RejectedError(Exception):
     """The server will never take a record as it is."""
 
 
@@ -37,10 +37,10 @@ class Sink(Protocol):
     """Where records go. Sending the same records twice must equal sending them once."""
 
     def open(self) -> str:
-        """Connect and return who is there (the run's id). Raises Unavailable."""
+        """Connect and return who is there (the run's id). Raises UnavailableError."""
 
     def send(self, records: Sequence[Record]) -> None:
-        """Deliver records in order. Raises Unavailable or Rejected."""
+        """Deliver records in order. Raises UnavailableError or RejectedError."""
 
 
 class Outages:
@@ -58,7 +58,9 @@ class Outages:
             if not known:
                 log.warning(
                     "tracking: %s %s; the run goes on, records are kept in %s and sent later",
-                    self.destination, problem, spool.parent,
+                    self.destination,
+                    problem,
+                    spool.parent,
                 )
             known.add(spool)
 
@@ -133,7 +135,7 @@ class Spool:
                     receiver = self._sink.open()
                     self._sent = self._progress(receiver)
                 self._pass_on(receiver)
-            except Unavailable as problem:
+            except UnavailableError as problem:
                 self._outages.away(self.path, str(problem))
                 self._rest(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -157,7 +159,7 @@ class Spool:
         records = [json.loads(line) for line in lines]
         try:
             self._sink.send(records)
-        except Rejected:
+        except RejectedError:
             self._one_by_one(records)
         sent = self._sent + sum(map(len, lines))
         write_atomic(_progress_path(self.path), json.dumps({"receiver": receiver, "bytes": sent}) + "\n")
@@ -170,7 +172,7 @@ class Spool:
         for record in records:
             try:
                 self._sink.send([record])
-            except Rejected as problem:
+            except RejectedError as problem:
                 aside = self.path.with_suffix(".rejected.jsonl")
                 with aside.open("a") as file:
                     file.write(json.dumps(record) + "\n")
@@ -201,9 +203,7 @@ def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:
     return {key: surviving(of_key, starts) for key, of_key in points.items()}
 
 
-def surviving(
-    points: Iterable[tuple[int, int, float]], starts: Sequence[tuple[int, int]]
-) -> list[tuple[int, float]]:
+def surviving(points: Iterable[tuple[int, int, float]], starts: Sequence[tuple[int, int]]) -> list[tuple[int, float]]:
     """Return (step, value) in step order, the last of each step, without what was rolled back.
 
     `points` are (step, timestamp, value); `starts` are the (step, timestamp) at which incarnations took up

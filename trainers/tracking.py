@@ -32,7 +32,7 @@ from trainers.ledger import Ledger
 from trainers.records import read_evaluations, write_evaluations, write_table
 from trainers.redact import masked, printable_uri, short
 from trainers.rundir import RunDir, content_hash, flatten, write_atomic
-from trainers.spool import INCARNATION, Outages, Record, Rejected, Spool, Unavailable, surviving
+from trainers.spool import INCARNATION, Outages, Record, RejectedError, Spool, UnavailableError, surviving
 from trainers.types import Evaluation
 
 HASHED_GROUPS = ("model", "reward", "algorithm", "evaluation", "data")
@@ -60,8 +60,13 @@ class MlflowSink:
         self._run_id = ""
         self._lock = threading.Lock()
         self._send = {
-            "metric": self._metrics, "param": self._params, "tag": self._tags, "status": self._status,
-            "dataset": self._datasets, "artifact": self._artifacts, "model": self._models,
+            "metric": self._metrics,
+            "param": self._params,
+            "tag": self._tags,
+            "status": self._status,
+            "dataset": self._datasets,
+            "artifact": self._artifacts,
+            "model": self._models,
         }
         for name, value in HTTP_SETTINGS.items():
             os.environ.setdefault(name, value)
@@ -70,7 +75,7 @@ class MlflowSink:
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # `Outages` says it once
 
     def open(self) -> str:
-        """Return the id of this directory's run. Raises Unavailable."""
+        """Return the id of this directory's run. Raises UnavailableError."""
         with self._lock:
             if not self._run_id:
                 self._run_id = self._attempt(self._find_or_create)
@@ -78,7 +83,7 @@ class MlflowSink:
             return self._run_id
 
     def send(self, records: Sequence[Record]) -> None:
-        """Deliver records in order. Raises Unavailable or Rejected."""
+        """Deliver records in order. Raises UnavailableError or RejectedError."""
         for kind, of_kind in groupby(records, key=lambda record: record["kind"]):
             listed = list(of_kind)
             for start in range(0, len(listed), BATCH):
@@ -89,10 +94,10 @@ class MlflowSink:
             return call()
         except MlflowException as error:
             if error.error_code in REFUSED and self._active():
-                raise Rejected(short(error.message, 200)) from None
-            raise Unavailable(_problem(error)) from error
+                raise RejectedError(short(error.message, 200)) from None
+            raise UnavailableError(_problem(error)) from error
         except Exception as error:  # a boundary: artifact stores raise whatever their library raises
-            raise Unavailable(_problem(error)) from error
+            raise UnavailableError(_problem(error)) from error
 
     def _active(self) -> bool:
         """Whether the run takes records at all: a deleted run refuses them, but may be restored."""
@@ -120,7 +125,9 @@ class MlflowSink:
         found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_UID}` = '{uid}'", max_results=1)
         if found:
             return str(found[0].info.run_id)
-        return str(self._client.create_run(self._experiment_id, tags={RUN_UID: uid}, run_name=self._run_name).info.run_id)
+        return str(
+            self._client.create_run(self._experiment_id, tags={RUN_UID: uid}, run_name=self._run_name).info.run_id
+        )
 
     def _metrics(self, records: Sequence[Record]) -> None:
         points = [Metric(r["key"], r["value"], r["timestamp"], r["step"]) for r in records]
@@ -132,7 +139,9 @@ class MlflowSink:
             self._run_id,
             params=[Param(r["key"], r["value"]) for r in records if r["key"] not in known],
             tags=[  # MLflow's parameters are for ever; what a resume may change is shown as a tag
-                RunTag(f"resumed.{r['key']}", r["value"]) for r in records if known.get(r["key"], r["value"]) != r["value"]
+                RunTag(f"resumed.{r['key']}", r["value"])
+                for r in records
+                if known.get(r["key"], r["value"]) != r["value"]
             ],
         )
 
@@ -149,7 +158,9 @@ class MlflowSink:
     def _datasets(self, records: Sequence[Record]) -> None:
         inputs = [
             DatasetInput(
-                Dataset(r["name"], r["digest"], r["source_type"], json.dumps(r["source"]), profile=json.dumps(r["profile"])),
+                Dataset(
+                    r["name"], r["digest"], r["source_type"], json.dumps(r["source"]), profile=json.dumps(r["profile"])
+                ),
                 [InputTag("mlflow.data.context", r["context"])],
             )
             for r in records
@@ -215,7 +226,7 @@ class Tracker:
     def log_dataset(
         self, name: str, *, digest: str, source: str, context: Literal["training", "evaluation"], **profile: Any
     ) -> None:
-        """Note a dataset: `digest` is a hash of its rows, `source` a file or a public id, `profile` counts and the like."""
+        """Note a dataset: `digest` hashes its rows, `source` is a file or public id, `profile` holds counts."""
         local = Path(source).exists()
         place = {"uri": source} if local else {"path": source, "split": profile.get("split")}
         self._spool.append([{
@@ -227,7 +238,10 @@ class Tracker:
         """Keep sample completions as the table of a version."""
         self._file(write_table(self._rundir.samples / f"version-{version:06d}.json", rows), "samples")
         tables = sorted(path.name for path in self._rundir.samples.glob("version-*.json"))
-        listed = [{"path": f"samples/{name}", "type": "table"} for name in dict.fromkeys(tables[:1] + tables[1 - LISTED_TABLES :])]
+        listed = [
+            {"path": f"samples/{name}", "type": "table"}
+            for name in dict.fromkeys(tables[:1] + tables[1 - LISTED_TABLES :])
+        ]
         self._spool.append([{"kind": "tag", "key": "mlflow.loggedArtifacts", "value": json.dumps(listed)}])
 
     def log_evaluations(self, results: Sequence[Evaluation]) -> None:
@@ -266,7 +280,9 @@ class Tracker:
         if remaining:
             log.warning(
                 "tracking: %d records are not at %s yet; they are kept in %s and are sent when the run is opened again",
-                remaining, self._outages.destination, self._rundir.path,
+                remaining,
+                self._outages.destination,
+                self._rundir.path,
             )
 
     def __enter__(self) -> Self:
@@ -296,7 +312,11 @@ class Tracker:
     def _log_config(self, recipe: Recipe) -> None:
         config: dict[str, Any] = masked(recipe.model_dump(mode="json"))
         self._spool.append(
-            {"kind": "param", "key": _metric_key(key), "value": short(value if isinstance(value, str) else json.dumps(value))}
+            {
+                "kind": "param",
+                "key": _metric_key(key),
+                "value": short(value if isinstance(value, str) else json.dumps(value)),
+            }
             for key, value in flatten(config).items()
         )
         hashes = {f"config.{group}": content_hash(config[group])[:12] for group in HASHED_GROUPS}
