@@ -1,6 +1,8 @@
 """The tracker against a real MLflow store and a real server that comes up late."""
 
 import logging
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -126,7 +128,7 @@ def test_a_server_that_comes_up_late_gets_every_metric_once(tmp_path: Path, capl
     ]  # fmt: skip
     resumed = Tracker(recipe(uri), rundir, incarnation=1)
     with (tmp_path / "server.log").open("w") as output:
-        server = subprocess.Popen(command, stdout=output, stderr=output, cwd=tmp_path)
+        server = subprocess.Popen(command, stdout=output, stderr=output, cwd=tmp_path, start_new_session=True)
     try:
         resumed.log_metrics(21, {"reward/mean": 21.0})
         deadline = time.monotonic() + 90
@@ -140,7 +142,7 @@ def test_a_server_that_comes_up_late_gets_every_metric_once(tmp_path: Path, capl
         assert client.get_run(resumed.run_id).info.status == "FINISHED"
         assert [a.path for a in client.list_artifacts(resumed.run_id)] == ["config"]
     finally:
-        server.terminate()
+        os.killpg(server.pid, signal.SIGKILL)  # its workers too
         server.wait(20)
 
 
