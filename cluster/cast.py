@@ -9,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from safetensors.torch import load_file
 
 from actors.evaluator import EvaluatorActor
 from actors.generator import EngineOptions, Generator
 from actors.learner import CriticRank, LearnerRank
 from actors.reference import ReferenceActor
 from actors.reward import RewardActor
-from actors.weight_sync import NcclGroup, choose_transport, pack
+from actors.weight_sync import NcclGroup, choose_transport
 from cluster.group import Clocks, EvaluatorGroup, GeneratorGroup, LearnerGroup, ScorerGroup, call
 from cluster.placement import Placement, all_ready
 from configs.schema import GeneratorConfig, Recipe, Resources, SamplingParams
 from trainers.algorithms import ALGORITHMS
 from trainers.data import PromptStream, load_rows, load_tokenizer
-from trainers.types import Sampling, Weights
+from trainers.types import Sampling
 
 log = logging.getLogger("headroom")
 STARTUP_S = 900.0
@@ -202,12 +201,3 @@ def engine_options(recipe: Recipe, config: GeneratorConfig, run: str) -> EngineO
         update=config.update, deadline_s=config.deadline_s, kv_cache_gb=config.kv_cache_gb,
         threads=threads_of(config.resources), engine=config.engine,
     )
-
-
-def stored_model(path: Path, version: int) -> Weights:
-    """Put an exported HF model into the object store as `version`."""
-    state = {}
-    for file in sorted(path.glob("*.safetensors")):
-        state |= load_file(file)
-    buffer, digest = pack(state)
-    return Weights(version=version, hash=digest, handle=ray.put(buffer))

@@ -12,7 +12,8 @@ from typing import Any
 
 import ray
 
-from cluster.cast import Cast, start_cast, stored_model
+from actors.weight_sync import weights_from_directory
+from cluster.cast import Cast, start_cast
 from cluster.placement import Placement
 from cluster.progress import Progress
 from configs.schema import Recipe
@@ -61,6 +62,7 @@ def connect(recipe: Recipe) -> None:
     """Start a private Ray on this machine, or join the one at ray.address."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     local = recipe.ray.address == "local"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets the driver starve the engines on a small machine
     ray.init(
         address=recipe.ray.address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": variables},
         **({"num_cpus": os.cpu_count(), "include_dashboard": False} if local else {}),
@@ -119,7 +121,7 @@ async def _run(
     try:
         await run(
             actors, cast.prompts.start_at(journal.position), buffer, journal, start=await cast.learner.stored(),
-            steps=steps, unfinished=[stored_model(pins.path(v), v) for v in missed if v != version],
+            steps=steps, unfinished=[weights_from_directory(pins.path(v), v) for v in missed if v != version],
         )
     finally:
         progress.close()

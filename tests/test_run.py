@@ -1,0 +1,171 @@
+"""Whole runs on real Ray, vLLM, DeepSpeed and MLflow: killed, resumed, and on two nodes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+import yaml
+from ray.cluster_utils import Cluster
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.tiny import tiny_model
+from trainers.ledger import Ledger
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+ROOT = Path(__file__).parents[1]
+STEPS = 8
+WAIT_S = 400
+
+
+def recipe(where: Path, **changes: Any) -> Path:
+    """Write a recipe with a tiny policy, a rule as reward and one evaluation."""
+    tiny_model(where / "policy", tied=True, seed=0)
+    words = "red blue green one two three four five six seven".split()
+    rows = [{"prompt": f"{a} and {b}"} for a in words for b in words]
+    (where / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = {"cpus": 0.3}
+    tree: dict[str, Any] = {
+        "run": {"name": "test", "dir": str(where / "run"), "steps": STEPS, "checkpoint_every": 2},
+        "model": {"path": str(where / "policy"), "dtype": "float32", "max_length": 96},
+        "data": {"path": str(where / "prompts.jsonl"), "render": "text"},
+        "sampling": {"n": 4, "max_tokens": 12},
+        "loop": {"batch_prompts": 4, "staleness": 1},
+        "learner": {"resources": small, "optimizer": {"learning_rate": 1e-3}},
+        "critic": {"resources": small},
+        "reference": {"resources": small},
+        "reward": {"components": [{"name": "length", "function": "actors.rules:length"}], "resources": small},
+        "generator": {"kv_cache_gb": 0.25, "resources": small},
+        "evaluation": {
+            "every": 2, "primary": "held/length", "kv_cache_gb": 0.25, "resources": small,
+            "tasks": [{
+                "name": "held", "data": {"path": str(where / "prompts.jsonl"), "render": "text"}, "prompts": 16,
+                "sampling": {"n": 1, "max_tokens": 12}, "scorers": [{"name": "length", "function": "actors.rules:length"}],
+            }],
+        },
+        "tracking": {"uri": f"sqlite:///{where}/mlflow.db"},
+    }
+    for key, section in changes.items():
+        tree[key] = tree.get(key, {}) | section
+    path = where / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def launch(config: Path, *overrides: str) -> subprocess.Popen[str]:
+    log = open(config.with_suffix(".log"), "a")  # noqa: SIM115 - the process holds it
+    return subprocess.Popen(
+        [sys.executable, "-m", "cluster", "train", str(config), *overrides], cwd=ROOT, stderr=log, stdout=log, text=True,
+        start_new_session=True,
+    )
+
+
+def finish(process: subprocess.Popen[str], config: Path) -> None:
+    code = process.wait(WAIT_S)
+    assert code == 0, config.with_suffix(".log").read_text()[-3000:]
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], config: Path) -> None:
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        assert process.poll() is None, config.with_suffix(".log").read_text()[-3000:]
+        assert time.monotonic() < end, "waited too long: " + config.with_suffix(".log").read_text()[-3000:]
+        time.sleep(0.01)
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End the driver, and only it, the hard way."""
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_killed_twice_and_resumed_exactly_once(tmp_path: Path) -> None:
+    config = recipe(tmp_path)
+    run = tmp_path / "run"
+    ledger = Ledger(run / "ledger.jsonl") if run.exists() else None
+
+    first = launch(config)
+    wait_for(lambda: (run / "ledger.jsonl").exists() and len(_lines(run / "ledger.jsonl")) >= 3, first, config)
+    second = subprocess.run(
+        [sys.executable, "-m", "cluster", "train", str(config)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert second.returncode == 2 and "another launch" in second.stderr
+    kill(first)
+
+    again = launch(config)
+    checkpoints = run / "checkpoints"
+    known = {path.name for path in checkpoints.iterdir()}
+    wait_for(lambda: any(p.name.startswith(".tmp-step") for p in checkpoints.iterdir() if p.name not in known), again,
+             config)
+    kill(again)  # in the middle of writing a checkpoint
+
+    finish(launch(config), config)
+    ledger = Ledger(run / "ledger.jsonl")
+    entries = list(ledger)
+    assert [entry.step for entry in entries] == list(range(1, STEPS + 1))
+    assert ledger.check() == []
+    assert {entry.incarnation for entry in entries} >= {2}
+    assert len(_lines(run / "ledger.rolled_back.jsonl")) >= 1
+
+    _check_tracking(tmp_path, run)
+    best = [path for path in (run / "exports").iterdir() if path.name.startswith("version-")]
+    assert best
+    for path in best:  # evaluated, best or last: plain HF models
+        model = AutoModelForCausalLM.from_pretrained(path)
+        ids = AutoTokenizer.from_pretrained(path)("red and blue", return_tensors="pt").input_ids
+        assert model(ids).logits.isfinite().all()
+
+
+def _check_tracking(where: Path, run: Path) -> None:
+    mlflow.set_tracking_uri(f"sqlite:///{where}/mlflow.db")
+    client = mlflow.MlflowClient()
+    run_id = (run / "mlflow_run_id").read_text().strip()
+    assert client.get_run(run_id).info.status == "FINISHED"
+    for key in EVERY_STEP:
+        versions = {metric.step for metric in client.get_metric_history(run_id, key)}
+        assert versions == set(range(1, STEPS + 1)), key
+    for key in ("eval/held/length", "eval/held/length/mean"):
+        history = client.get_metric_history(run_id, key)
+        if history:
+            assert {metric.step for metric in history} == {0, 2, 4, 6, 8}
+            break
+    else:
+        raise AssertionError("no evaluation was logged")
+    gaps = [metric.value for metric in client.get_metric_history(run_id, "sync/logprob_gap")]
+    assert max(gaps) < 1e-4
+
+
+EVERY_STEP = (
+    "reward/mean reward/std reward/length/mean kl/reference loss/policy policy/entropy policy/clip_fraction "
+    "policy/grad_norm rollout/staleness_max rollout/staleness_mean rollout/length_mean rollout/truncated_fraction "
+    "rollout/discarded sync/seconds sync/logprob_gap time/step throughput/samples_per_s throughput/tokens_per_s"
+).split()
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[Cluster]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+def test_the_same_recipe_on_two_nodes_with_a_critic(tmp_path: Path, two_nodes: Cluster) -> None:
+    config = recipe(tmp_path, algorithm={"name": "ppo"}, run={"steps": 2, "dir": str(tmp_path / "run"), "name": "two"})
+    finish(launch(config, f"ray.address={two_nodes.address}"), config)
+    assert [entry.step for entry in Ledger(tmp_path / "run" / "ledger.jsonl")] == [1, 2]
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    run_id = (tmp_path / "run" / "mlflow_run_id").read_text().strip()
+    assert len(mlflow.MlflowClient().get_metric_history(run_id, "loss/value")) == 2
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines()
