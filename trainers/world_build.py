@@ -119,20 +119,21 @@ def preference_rows(
     number: int = PAIRS,
     annotators: world.Annotators = ANNOTATORS,
 ) -> tuple[list[dict[str, str]], dict[str, float]]:
-    """Return `number` judged pairs of the policy's own answers on prompts of the split `pairs`, and statistics on them.
+    """Return judged pairs of the policy's own answers on prompts of the split `pairs`, and statistics on them.
 
-    The two answers of a pair differ. Statistics: the share of pairs that gold decides where the annotators chose with
+    The two answers of a pair differ and are not empty.
+    Statistics: the share of pairs that gold decides where the annotators chose with
     gold, and where they chose the longer answer.
     """
     rng = random.Random(f"annotators-{seed}")
-    # Equal answers are left out, hence some pairs more than asked for.
+    # Equal and empty answers are left out, hence some pairs more than asked for.
     questions = world.prompts("pairs", min(world.size("pairs"), round(1.2 * number / PAIRS_PER_PROMPT) + 1), seed)
     answers = sample(policy, tokenizer, [row["prompt"] for row in questions], 2 * PAIRS_PER_PROMPT, seed)
     rows: list[dict[str, str]] = []
     with_gold, with_longer = [], []
     for row, texts in zip(questions, answers, strict=True):
         for pair in zip(texts[::2], texts[1::2], strict=True):
-            if pair[0] == pair[1] or len(rows) == number:
+            if pair[0] == pair[1] or not all(text.strip() for text in pair) or len(rows) == number:
                 continue
             golds = (gold.gold(row["prompt"], pair[0], row), gold.gold(row["prompt"], pair[1], row))
             first = annotators.prefer_first(pair, golds, rng)
