@@ -85,8 +85,13 @@ class EvaluatorActor:
         scorers = {spec.name: await self._scorer(task, spec.name) for spec in task.scorers}
         params = task.sampling
         sampling = Sampling(
-            n=params.n, max_tokens=params.max_tokens, temperature=params.temperature, top_p=params.top_p,
-            top_k=params.top_k, stop=tuple(params.stop), extra=params.extra,
+            n=params.n,
+            max_tokens=params.max_tokens,
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            stop=tuple(params.stop),
+            extra=params.extra,
         )
         try:
             groups = await asyncio.gather(*(self._generator.generate(prompt, sampling) for prompt in prompts))

@@ -28,9 +28,7 @@ class ModelComponent:
 
     async def scores(self, prompt: Prompt, samples: Sequence[tuple[str, str]]) -> list[float]:
         """Return a raw score per (sample uid, completion). Raises DataError if one is not finite."""
-        values = await self.batcher.submit(
-            [Judged(messages=prompt.messages, completion=text) for _, text in samples]
-        )
+        values = await self.batcher.submit([Judged(messages=prompt.messages, completion=text) for _, text in samples])
         return [finite(value, self.name, uid) for value, (uid, _) in zip(values, samples, strict=True)]
 
 

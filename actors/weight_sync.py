@@ -103,7 +103,7 @@ class Mailbox:
         self._name = f"headroom-{os.getuid()}-{hashlib.sha256(name.encode()).hexdigest()[:12]}"
         first = self._roots()[0]
         first.mkdir(mode=0o700, exist_ok=True)
-        self._users = open(first / "users", "w")  # noqa: SIM115 - its lock is held until close
+        self._users = open(first / "users", "w")
         fcntl.flock(self._users, fcntl.LOCK_SH)
 
     def find(self, version: int, sha256: str) -> Path | None:
@@ -286,7 +286,7 @@ def register_with_vllm() -> None:
                 return
             with safe_open(update_info.path, framework="pt") as file:  # raises on a damaged file
                 initialize_layerwise_reload(self.model)
-                self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+                self.model.load_weights((name, file.get_tensor(name)) for name in file.keys())
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

@@ -7,6 +7,7 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -117,16 +118,17 @@ def _train(args: argparse.Namespace) -> None:
     if args.resume is not None and not Path(args.resume).is_dir():
         raise UserError(f"--resume: no run directory {args.resume}; runs are under run.dir, usually runs/")
     recipe = _checked("train", args.config, args.overrides)
-    from cluster import launch
+    from cluster import launch, summary
 
-    launch.train(recipe, args.resume)
+    print(summary.report(recipe, launch.train(recipe, args.resume)))
 
 
 def _demo(args: argparse.Namespace) -> None:
-    _checked("demo", QUICKSTART, args.overrides)
-    from cluster import demo
+    name = f"run.name=demo-{time.strftime('%Y%m%d-%H%M%S')}"  # a demo is a new run, not the last one resumed
+    recipe = _checked("demo", QUICKSTART, [name, *args.overrides])
+    from cluster import launch, summary
 
-    demo.demo(args.overrides)
+    print(summary.report(recipe, launch.train(recipe)))
 
 
 def _sft(args: argparse.Namespace) -> None:
@@ -148,11 +150,11 @@ def _reward(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     if args.checkpoint is not None and not (Path(args.checkpoint) / "config.json").is_file():
-        raise UserError(f"--checkpoint: no model in HF format at {args.checkpoint}; exports are under RUN/checkpoints")
+        raise UserError(f"--checkpoint: no model in HF format at {args.checkpoint}; exports are under RUN/exports")
     recipe = _checked("eval", args.config, args.overrides)
-    from cluster import launch
+    from cluster import launch, summary
 
-    launch.evaluate(recipe, args.checkpoint)
+    print(summary.means(launch.evaluate(recipe, args.checkpoint)))
 
 
 def _config(args: argparse.Namespace) -> None:

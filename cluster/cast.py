@@ -26,6 +26,7 @@ from trainers.types import Sampling
 log = logging.getLogger("headroom")
 STARTUP_S = 900.0
 STEP_S = 3600.0
+CLOSE_S = 30.0
 PROBE_TOKENS = 32  # long enough to involve attention, short enough to cost nothing
 
 
@@ -47,7 +48,7 @@ class Cast:
 
     async def close(self) -> None:
         """End the engines' own processes, which Ray does not know."""
-        closing = (call(engine.close.remote(), "closing an engine", 30) for engine in self.engines)
+        closing = (call(engine.close.remote(), "closing an engine", CLOSE_S) for engine in self.engines)
         await asyncio.gather(*closing, return_exceptions=True)
 
 
@@ -83,7 +84,8 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
     await asyncio.gather(all_ready(starts, STARTUP_S), engines)
 
     transport = choose_transport(
-        recipe.generator.transport, learner_gpus=recipe.learner.resources.gpus,
+        recipe.generator.transport,
+        learner_gpus=recipe.learner.resources.gpus,
         generator_gpus=recipe.generator.resources.gpus,
     )
     ranks, replicas = list(company.of("learner").values()), list(company.of("generator").values())
@@ -93,15 +95,24 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
         ranks, list(company.of("critic").values()), version=version, transport=transport, deadline_s=STEP_S
     )
     generator = GeneratorGroup(
-        replicas, sampling_of(recipe.sampling), probe=prompts[0].token_ids[:PROBE_TOKENS], learner=learner,
-        deadline_s=recipe.generator.deadline_s, retries=recipe.generator.retries,
+        replicas,
+        sampling_of(recipe.sampling),
+        probe=prompts[0].token_ids[:PROBE_TOKENS],
+        learner=learner,
+        deadline_s=recipe.generator.deadline_s,
+        retries=recipe.generator.retries,
     )
     evaluator = EvaluatorGroup(
-        company.actors.get("evaluator-0"), steps=recipe.run.steps, every=recipe.evaluation.every,
+        company.actors.get("evaluator-0"),
+        steps=recipe.run.steps,
+        every=recipe.evaluation.every,
         deadline_s=recipe.evaluation.deadline_s,
     )
     return Cast(
-        learner=learner, generator=generator, evaluator=evaluator, prompts=prompts,
+        learner=learner,
+        generator=generator,
+        evaluator=evaluator,
+        prompts=prompts,
         scorers=[
             ScorerGroup(role, list(company.of(role).values()), deadline_s=recipe.generator.deadline_s)
             for role in ("reward", "reference")
@@ -127,13 +138,19 @@ def hire_engines(recipe: Recipe, company: Company) -> dict[str, Any]:
 def hire_networks(recipe: Recipe, company: Company) -> None:
     """Create what loads weights from disk: learner, critic, reward and reference."""
     for i in range(recipe.reward.replicas):
-        company.hire(RewardActor, f"reward-{i}", recipe.reward, threads=threads_of(recipe.reward.resources),
-                     concurrency=100)
+        company.hire(
+            RewardActor, f"reward-{i}", recipe.reward, threads=threads_of(recipe.reward.resources), concurrency=100
+        )
     if recipe.algorithm.kl.where != "none":
         company.hire(
-            ReferenceActor, "reference-0", recipe.reference.path or recipe.model.path, recipe.reference,
-            dtype=recipe.model.dtype, temperature=recipe.sampling.temperature,
-            threads=threads_of(recipe.reference.resources), concurrency=100,
+            ReferenceActor,
+            "reference-0",
+            recipe.reference.path or recipe.model.path,
+            recipe.reference,
+            dtype=recipe.model.dtype,
+            temperature=recipe.sampling.temperature,
+            threads=threads_of(recipe.reference.resources),
+            concurrency=100,
         )
     for i in range(recipe.learner.ranks):
         company.hire(LearnerRank, f"learner-{i}", recipe, i, recipe.learner.ranks)
@@ -189,15 +206,26 @@ async def connect_nccl(learner: Any, replicas: Sequence[Any], config: GeneratorC
 def sampling_of(params: SamplingParams) -> Sampling:
     """Turn the config section into the message."""
     return Sampling(
-        n=params.n, max_tokens=params.max_tokens, temperature=params.temperature, top_p=params.top_p,
-        top_k=params.top_k, stop=tuple(params.stop), extra=params.extra,
+        n=params.n,
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        stop=tuple(params.stop),
+        extra=params.extra,
     )
 
 
 def engine_options(recipe: Recipe, config: GeneratorConfig, run: str) -> EngineOptions:
     """Return how a generator's vLLM engine is started. Weights are pushed before the first request."""
     return EngineOptions(
-        model_path=recipe.model.path, run=run, dtype=recipe.model.dtype, max_length=recipe.model.max_length,
-        update=config.update, deadline_s=config.deadline_s, kv_cache_gb=config.kv_cache_gb,
-        threads=threads_of(config.resources), engine=config.engine,
+        model_path=recipe.model.path,
+        run=run,
+        dtype=recipe.model.dtype,
+        max_length=recipe.model.max_length,
+        update=config.update,
+        deadline_s=config.deadline_s,
+        kv_cache_gb=config.kv_cache_gb,
+        threads=threads_of(config.resources),
+        engine=config.engine,
     )

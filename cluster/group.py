@@ -73,7 +73,13 @@ class GeneratorGroup:
     """N generator replicas that serve one policy version."""
 
     def __init__(
-        self, replicas: Sequence[Any], sampling: Sampling, *, probe: Ints, learner: "LearnerGroup", deadline_s: float,
+        self,
+        replicas: Sequence[Any],
+        sampling: Sampling,
+        *,
+        probe: Ints,
+        learner: "LearnerGroup",
+        deadline_s: float,
         retries: int,
     ) -> None:
         self._replicas = LeastLoaded(replicas)
@@ -87,7 +93,11 @@ class GeneratorGroup:
     async def generate(self, prompt: Prompt) -> Group:
         """Sample one group on the least loaded replica."""
         return await self._replicas.request(
-            "generate", prompt, self._sampling, what=f"generating {prompt.uid}", deadline_s=self._deadline_s,
+            "generate",
+            prompt,
+            self._sampling,
+            what=f"generating {prompt.uid}",
+            deadline_s=self._deadline_s,
             retries=self._retries,
         )
 
@@ -120,7 +130,10 @@ class ScorerGroup:
     async def score(self, group: Group) -> Sequence[Mapping[str, Any]]:
         """Score one group on the least loaded replica."""
         return await self._replicas.request(
-            "score", group, what=f"{self._name} of {group.prompt.uid}", deadline_s=self._deadline_s,
+            "score",
+            group,
+            what=f"{self._name} of {group.prompt.uid}",
+            deadline_s=self._deadline_s,
             retries=self._retries,
         )
 
@@ -144,9 +157,7 @@ class LearnerGroup:
             self._each(self._ranks, "step", batch, values), self._each(self._critic, "step", batch, values)
         )
         metrics = {**stats[0].metrics, **(critic[0] if critic else {})}
-        return StepStats(
-            loss=stats[0].loss, grad_norm=stats[0].grad_norm, metrics=metrics, rng_hash=stats[0].rng_hash
-        )
+        return StepStats(loss=stats[0].loss, grad_norm=stats[0].grad_norm, metrics=metrics, rng_hash=stats[0].rng_hash)
 
     async def publish(self) -> Weights:
         """Advance the version and publish its weights."""

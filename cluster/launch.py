@@ -5,26 +5,32 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 
+from actors.evaluator import EvaluatorActor
 from actors.weight_sync import weights_from_directory
-from cluster.cast import Cast, start_cast
-from cluster.placement import Placement
+from cluster.cast import CLOSE_S, STARTUP_S, Cast, start_cast
+from cluster.group import EvaluatorGroup, call
+from cluster.placement import Placement, all_ready
 from cluster.progress import Progress
 from configs.schema import Recipe
 from trainers import checkpoint
 from trainers.buffer import Buffer
+from trainers.figure import curves
 from trainers.journal import Hands, RunJournal
 from trainers.ledger import Ledger
 from trainers.online import Actors, run
 from trainers.pins import Pins
+from trainers.records import read_evaluations
 from trainers.rundir import RunDir
+from trainers.spool import read_metrics
 from trainers.tracking import Tracker
+from trainers.types import Evaluation
 
 log = logging.getLogger("headroom")
 
@@ -37,6 +43,7 @@ class Finished:
     best: tuple[int, Path] | None  # version that is best by the primary evaluation, and its HF model
     evaluations: Mapping[int, Mapping[str, float]]  # version -> task/metric -> mean
     version: int
+    figure: Path
     mlflow_run_id: str | None
     seconds: float
 
@@ -64,7 +71,10 @@ def connect(recipe: Recipe) -> None:
     local = recipe.ray.address == "local"
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets the driver starve the engines on a small machine
     ray.init(
-        address=recipe.ray.address, log_to_driver=False, logging_level="ERROR", runtime_env={"env_vars": variables},
+        address=recipe.ray.address,
+        log_to_driver=False,
+        logging_level="ERROR",
+        runtime_env={"env_vars": variables},
         **({"num_cpus": os.cpu_count(), "include_dashboard": False} if local else {}),
     )
 
@@ -93,9 +103,17 @@ async def _train(recipe: Recipe, rundir: RunDir) -> Finished:
             journal = await _run(recipe, rundir, tracker, cast, meta, incarnation)
         finally:
             await cast.close()
+        figure = draw(recipe, rundir, journal.best)
+        tracker.log_figure(figure)
+        tracker.finish("KILLED" if journal.stopping() else "FINISHED")
         return Finished(
-            rundir=rundir, best=journal.best, evaluations=journal.evaluations, version=cast.learner.version,
-            mlflow_run_id=tracker.run_id, seconds=time.monotonic() - began,
+            figure=figure,
+            rundir=rundir,
+            best=journal.best,
+            evaluations=journal.evaluations,
+            version=cast.learner.version,
+            mlflow_run_id=tracker.run_id,
+            seconds=time.monotonic() - began,
         )
 
 
@@ -107,22 +125,85 @@ async def _run(
     pins = Pins(rundir.path / "exports")
     pins.forget_after(version)
     hands = Hands(save=cast.learner.save, export=cast.learner.export, gauges=cast.gauges, show=progress.show)
-    journal = RunJournal(
-        recipe, rundir, tracker, pins, hands, position=int(meta["position"]), incarnation=incarnation
-    )
+    journal = RunJournal(recipe, rundir, tracker, pins, hands, position=int(meta["position"]), incarnation=incarnation)
+    note_data(recipe, rundir, tracker, cast)
     missed = journal.recall(tracker.evaluations(up_to=version))
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, journal.stop)
     buffer = Buffer(
-        batch=recipe.loop.batch_prompts, staleness=recipe.loop.staleness,
-        wanted=(steps - version) * recipe.loop.batch_prompts, discard_budget=recipe.loop.discard_budget,
+        batch=recipe.loop.batch_prompts,
+        staleness=recipe.loop.staleness,
+        wanted=(steps - version) * recipe.loop.batch_prompts,
+        discard_budget=recipe.loop.discard_budget,
     )
     actors = Actors(generator=cast.generator, scorers=cast.scorers, learner=cast.learner, evaluator=cast.evaluator)
     try:
         await run(
-            actors, cast.prompts.start_at(journal.position), buffer, journal, start=await cast.learner.stored(),
-            steps=steps, unfinished=[weights_from_directory(pins.path(v), v) for v in missed if v != version],
+            actors,
+            cast.prompts.start_at(journal.position),
+            buffer,
+            journal,
+            start=await cast.learner.stored(),
+            steps=steps,
+            unfinished=[weights_from_directory(pins.path(v), v) for v in missed if v != version],
         )
     finally:
         progress.close()
     return journal
+
+
+def note_data(recipe: Recipe, rundir: RunDir, tracker: Tracker, cast: Cast) -> None:
+    """Log the prompts; refuse to continue a run on other ones."""
+    digest = cast.prompts.rows_hash
+    rundir.adopt_datasets({"prompts": digest})
+    tracker.log_dataset(
+        "prompts",
+        digest=digest,
+        source=recipe.data.path,
+        context="training",
+        prompts=len(cast.prompts),
+        too_long=cast.prompts.too_long,
+    )
+
+
+def draw(recipe: Recipe, rundir: RunDir, best: tuple[int, Path] | None) -> Path:
+    """Draw reward, primary evaluation and KL over the policy version; bands are one standard error."""
+    metrics = read_metrics(rundir.metrics)
+    spread, rollouts = dict(metrics.get("reward/std", [])), recipe.loop.batch_prompts * recipe.sampling.n
+    reward = [(version, mean, spread[version] / rollouts**0.5) for version, mean in metrics.get("reward/mean", [])]
+    task, _, metric = (recipe.evaluation.primary or "").partition("/")
+    primary = [
+        (version, float(scores.mean()), float(scores.std(ddof=1) / len(scores) ** 0.5))
+        for version, results in sorted(read_evaluations(rundir.evaluations).items())
+        for scores in (result.scores[metric] for result in results if result.task == task)
+    ]
+    evaluations = {recipe.evaluation.primary: primary} if recipe.evaluation.primary and primary else {}
+    path = rundir.path / "curves.png"
+    return curves(path, reward, evaluations, metrics.get("kl/reference", []), best[0] if best else None)
+
+
+def evaluate(recipe: Recipe, directory: str | None = None) -> Sequence[Evaluation]:
+    """Run every evaluation task on one model in HF format (default: model.path), and log it as a run of its own."""
+    path = f"{recipe.run.dir.format(name=recipe.run.name)}-eval-{time.strftime('%Y%m%d-%H%M%S')}"
+    rundir = RunDir(Path(path)).create()
+    connect(recipe)
+    try:
+        with Tracker(recipe, rundir, incarnation=0) as tracker:
+            results = asyncio.run(_evaluate(recipe, Path(directory or recipe.model.path), path))
+            tracker.log_evaluations(results)
+            return results
+    finally:
+        ray.shutdown()
+
+
+async def _evaluate(recipe: Recipe, model: Path, run_name: str) -> Sequence[Evaluation]:
+    resources = recipe.evaluation.resources
+    actor = (
+        ray.remote(EvaluatorActor).options(num_cpus=resources.cpus, num_gpus=resources.gpus).remote(recipe, run_name)
+    )
+    group = EvaluatorGroup(actor, steps=0, every=recipe.evaluation.every, deadline_s=recipe.evaluation.deadline_s)
+    await all_ready({"evaluator-0": actor.start.remote()}, STARTUP_S)
+    try:
+        return await group.evaluate(weights_from_directory(model, 0))
+    finally:
+        await call(actor.close.remote(), "closing the evaluator", CLOSE_S)

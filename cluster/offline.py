@@ -42,7 +42,11 @@ def _reward(name: str, config: Offline, recipe: Recipe) -> Result:
     if result.accuracy is not None:
         log.info(
             "%s: held-out accuracy %.3f [%.3f, %.3f] on %d pairs, %.0f s",
-            config.output, result.accuracy, result.accuracy_low, result.accuracy_high, result.holdout_rows,
+            config.output,
+            result.accuracy,
+            result.accuracy_low,
+            result.accuracy_high,
+            result.holdout_rows,
             result.seconds,
         )
     return result

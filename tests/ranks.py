@@ -21,9 +21,18 @@ def tiny_policy(directory: Path, *, tied: bool = True, seed: int = 0) -> str:
     """Write a random Llama of 2 layers and 32 hidden units with a tokenizer of whole words."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, initializer_range=0.2,
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        initializer_range=0.2,
     )
     LlamaForCausalLM(config).save_pretrained(directory)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
@@ -59,8 +68,13 @@ def recipe(path: str, **sections: dict[str, Any]) -> Recipe:
     """Return a recipe for the tiny policy in fp32."""
     learner = {"optimizer": {"learning_rate": 1e-2}, **sections.pop("learner", {})}
     return Recipe.model_validate(
-        {"run": {"name": "test", "steps": 10}, "model": {"path": path, "dtype": "float32"}, "data": {"path": "none"},
-         "learner": learner, **sections}
+        {
+            "run": {"name": "test", "steps": 10},
+            "model": {"path": path, "dtype": "float32"},
+            "data": {"path": "none"},
+            "learner": learner,
+            **sections,
+        }
     )
 
 

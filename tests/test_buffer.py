@@ -60,8 +60,13 @@ class World:
         if self.random.random() < self.failing:
             raise DataError("this prompt is unusable")
         rollout = Rollout(
-            uid=f"{prompt.uid}-s0", seed=0, token_ids=np.zeros(2, np.int32), logprobs=np.zeros(2, np.float32),
-            spans=tuple(spans), finish_reason="stop", text="",
+            uid=f"{prompt.uid}-s0",
+            seed=0,
+            token_ids=np.zeros(2, np.int32),
+            logprobs=np.zeros(2, np.float32),
+            spans=tuple(spans),
+            finish_reason="stop",
+            text="",
         )
         return Group(prompt=prompt, rollouts=(rollout,))
 
@@ -112,7 +117,9 @@ def play(world: World, *, batch: int, staleness: int, steps: int) -> None:
 @pytest.mark.parametrize("staleness", [0, 1, 4])
 @settings(max_examples=40, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), batch=st.integers(1, 5), straggler=st.sampled_from([0, 0.03, 0.3]),
+    seed=st.integers(0, 10**6),
+    batch=st.integers(1, 5),
+    straggler=st.sampled_from([0, 0.03, 0.3]),
     failing=st.sampled_from([0, 0.02, 0.2]),
 )
 def test_staleness_order_and_exactly_once(

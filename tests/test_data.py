@@ -27,9 +27,7 @@ HH = Path(__file__).parents[2] / "shared/data/hh_harmless_base_test.jsonl.gz"
 
 
 def rows(count: int) -> list[Row]:
-    return [
-        Row(messages=(Message(role="user", content="w " * (i + 1)),), fields={"number": i}) for i in range(count)
-    ]
+    return [Row(messages=(Message(role="user", content="w " * (i + 1)),), fields={"number": i}) for i in range(count)]
 
 
 def stream(count: int = 10, limit: int = 1000, seed: int = 3) -> PromptStream:

@@ -34,12 +34,23 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
 def two_ranks(path: str, directory: Path, learner: dict[str, Any]) -> None:
     """Run `train_and_publish` in two processes."""
     directory.mkdir()
-    arguments = {"path": path, "zeros": ZEROS, "ranks": 2, "port": free_port(), "directory": str(directory),
-                 "learner": learner}
+    arguments = {
+        "path": path,
+        "zeros": ZEROS,
+        "ranks": 2,
+        "port": free_port(),
+        "directory": str(directory),
+        "learner": learner,
+    }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     ranks = [
-        subprocess.Popen([sys.executable, "-m", "tests.ranks", json.dumps({**arguments, "rank": rank})],
-                         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.ranks", json.dumps({**arguments, "rank": rank})],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         for rank in range(2)
     ]
     try:
@@ -107,9 +118,11 @@ def test_a_step_is_the_plain_autograd_step(path: str) -> None:
 @pytest.mark.parametrize(("zero", "dtype"), [(2, "bfloat16"), (3, "float32"), (0, "bfloat16")])
 def test_a_loaded_learner_goes_on_bit_equal(path: str, tmp_path: Path, zero: int, dtype: str) -> None:
     optimizer = {"learning_rate": 1e-2, "schedule": "cosine", "warmup_steps": 2}
-    sections = {"learner": {"zero": zero, "optimizer": optimizer},
-                "model": {"path": path, "dtype": dtype},
-                "algorithm": {"minibatches": 2, "epochs": 2, "kl": {"target": 1.0, "horizon": 50}}}
+    sections = {
+        "learner": {"zero": zero, "optimizer": optimizer},
+        "model": {"path": path, "dtype": dtype},
+        "algorithm": {"minibatches": 2, "epochs": 2, "kl": {"target": 1.0, "horizon": 50}},
+    }
     first = Learner(recipe(path, **sections))
     first.step(random_batch(seed=1))
     first.save(tmp_path)
@@ -156,8 +169,9 @@ def test_gaps_tell_fresh_stale_and_mixed_tokens_apart(path: str) -> None:
     versions = np.where(mixed & first, 2, np.where(rows > 9, 2, 3))
     offset = np.where(mixed, 0.5, np.where(rows > 9, 9.0, 0.25))
     behaviour = ((batch.behaviour_logprobs - offset) * batch.mask).astype(np.float32)
-    batch = replace(batch, version=3, token_versions=(versions * batch.mask).astype(np.int32),
-                    behaviour_logprobs=behaviour)
+    batch = replace(
+        batch, version=3, token_versions=(versions * batch.mask).astype(np.int32), behaviour_logprobs=behaviour
+    )
     metrics = learner.step(batch).metrics
     assert metrics["rollout/mixed_gap"] == pytest.approx(0.5, abs=1e-4)
     assert metrics["rollout/behaviour_gap"] == pytest.approx(0.25, abs=1e-4)
@@ -182,9 +196,11 @@ def test_steps_raise_the_probability_of_what_is_rewarded(path: str) -> None:
 
 
 def test_ppo_with_a_critic(path: str, tmp_path: Path) -> None:
-    config = recipe(path, algorithm={"name": "ppo", "kl": {"where": "reward", "estimator": "k1"}, "minibatches": 2,
-                                     "epochs": 2},
-                    critic={"zero": 2, "token_budget": 40, "optimizer": {"learning_rate": 1e-2}})
+    config = recipe(
+        path,
+        algorithm={"name": "ppo", "kl": {"where": "reward", "estimator": "k1"}, "minibatches": 2, "epochs": 2},
+        critic={"zero": 2, "token_budget": 40, "optimizer": {"learning_rate": 1e-2}},
+    )
     learner, critic = Learner(config), Critic(config)
     batch = random_batch(seed=3)
     losses = []

@@ -44,11 +44,19 @@ def recipe(where: Path, **changes: Any) -> Path:
         "reward": {"components": [{"name": "length", "function": "actors.rules:length"}], "resources": small},
         "generator": {"kv_cache_gb": 0.25, "resources": small},
         "evaluation": {
-            "every": 2, "primary": "held/length", "kv_cache_gb": 0.25, "resources": small,
-            "tasks": [{
-                "name": "held", "data": {"path": str(where / "prompts.jsonl"), "render": "text"}, "prompts": 16,
-                "sampling": {"n": 1, "max_tokens": 12}, "scorers": [{"name": "length", "function": "actors.rules:length"}],
-            }],
+            "every": 2,
+            "primary": "held/length",
+            "kv_cache_gb": 0.25,
+            "resources": small,
+            "tasks": [
+                {
+                    "name": "held",
+                    "data": {"path": str(where / "prompts.jsonl"), "render": "text"},
+                    "prompts": 16,
+                    "sampling": {"n": 1, "max_tokens": 12},
+                    "scorers": [{"name": "length", "function": "actors.rules:length"}],
+                }
+            ],
         },
         "tracking": {"uri": f"sqlite:///{where}/mlflow.db"},
     }
@@ -60,9 +68,13 @@ def recipe(where: Path, **changes: Any) -> Path:
 
 
 def launch(config: Path, *overrides: str) -> subprocess.Popen[str]:
-    log = open(config.with_suffix(".log"), "a")  # noqa: SIM115 - the process holds it
+    log = open(config.with_suffix(".log"), "a")
     return subprocess.Popen(
-        [sys.executable, "-m", "cluster", "train", str(config), *overrides], cwd=ROOT, stderr=log, stdout=log, text=True,
+        [sys.executable, "-m", "cluster", "train", str(config), *overrides],
+        cwd=ROOT,
+        stderr=log,
+        stdout=log,
+        text=True,
         start_new_session=True,
     )
 
@@ -102,8 +114,9 @@ def test_killed_twice_and_resumed_exactly_once(tmp_path: Path) -> None:
     again = launch(config)
     checkpoints = run / "checkpoints"
     known = {path.name for path in checkpoints.iterdir()}
-    wait_for(lambda: any(p.name.startswith(".tmp-step") for p in checkpoints.iterdir() if p.name not in known), again,
-             config)
+    wait_for(
+        lambda: any(p.name.startswith(".tmp-step") for p in checkpoints.iterdir() if p.name not in known), again, config
+    )
     kill(again)  # in the middle of writing a checkpoint
 
     finish(launch(config), config)

@@ -19,16 +19,24 @@ class Critic:
     """The value model and its optimizer on one rank. Every method is a collective: all ranks call it alike."""
 
     def __init__(
-        self, recipe: schema.Recipe, rank: int = 0, world_size: int = 1, master_addr: str = "127.0.0.1",
-        master_port: int = 0, total_steps: int | None = None,
+        self,
+        recipe: schema.Recipe,
+        rank: int = 0,
+        world_size: int = 1,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 0,
+        total_steps: int | None = None,
     ) -> None:
         self.config, self.algorithm = recipe.critic, recipe.algorithm
         self.path = recipe.critic.path or recipe.model.path
         updates = (total_steps or recipe.run.steps) * self.algorithm.epochs * self.algorithm.minibatches
         process = Process(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
         self.engine = TrainEngine(
-            ValueModel(load_sequence_classifier(self.path, recipe.model.dtype)), recipe.critic,
-            dtype=recipe.model.dtype, total_steps=updates, process=process,
+            ValueModel(load_sequence_classifier(self.path, recipe.model.dtype)),
+            recipe.critic,
+            dtype=recipe.model.dtype,
+            total_steps=updates,
+            process=process,
         )
         self.generator = np.random.default_rng(recipe.run.seed)
         self.kl = targets.KLCoefficient(config=self.algorithm.kl, value=self.algorithm.kl.coefficient)
@@ -90,7 +98,9 @@ class Critic:
 
     def _forward(self, batch: Batch, rows: list[int]) -> Tensor:
         inputs = sequences(
-            [batch.prompt_ids[row] for row in rows], targets.completions(batch, rows), self.engine.device,
+            [batch.prompt_ids[row] for row in rows],
+            targets.completions(batch, rows),
+            self.engine.device,
             width=batch.mask.shape[1],
         )
         predicted: Tensor = self.engine.model(**fields(inputs))

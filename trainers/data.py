@@ -87,9 +87,7 @@ class PromptStream:
         """Return the prompt at `position` (0, 1, … without end)."""
         epoch, place = divmod(position, len(self._kept))
         number, messages, ids, fields = self._kept[_order(self.seed, epoch, len(self._kept))[place]]
-        return Prompt(
-            uid=f"e{epoch}-p{number}", position=position, messages=messages, token_ids=ids, row=fields
-        )
+        return Prompt(uid=f"e{epoch}-p{number}", position=position, messages=messages, token_ids=ids, row=fields)
 
     def start_at(self, position: int) -> Iterator[Prompt]:
         """Iterate without end from `position`."""

@@ -55,8 +55,11 @@ def join(process: Process, timeout_s: float = 600) -> None:
         return
     port = process.master_port or free_port()
     os.environ |= {
-        "RANK": str(process.rank), "WORLD_SIZE": str(process.world_size), "LOCAL_RANK": "0",
-        "MASTER_ADDR": process.master_addr, "MASTER_PORT": str(port),
+        "RANK": str(process.rank),
+        "WORLD_SIZE": str(process.world_size),
+        "LOCAL_RANK": "0",
+        "MASTER_ADDR": process.master_addr,
+        "MASTER_PORT": str(port),
     }
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
@@ -94,8 +97,13 @@ def deepspeed_config(config: schema.Engine, dtype: Literal["float32", "bfloat16"
     if config.zero == 3:
         zero["stage3_param_persistence_threshold"] = 0 if config.offload else 100_000
     # torch's own fused AdamW: nothing to compile, on CPU or GPU.
-    adam = {"torch_adam": True, "fused": True, "lr": optimizer.learning_rate, "betas": list(optimizer.betas),
-            "weight_decay": optimizer.weight_decay}
+    adam = {
+        "torch_adam": True,
+        "fused": True,
+        "lr": optimizer.learning_rate,
+        "betas": list(optimizer.betas),
+        "weight_decay": optimizer.weight_decay,
+    }
     # Many micro-batches add up in fp32; DeepSpeed can do that from stage 2 on.
     accumulate = "fp32" if config.zero >= 2 or dtype == "float32" else "bf16"
     return {
@@ -119,7 +127,12 @@ class TrainEngine:
     """
 
     def __init__(
-        self, model: nn.Module, config: schema.Engine, *, dtype: Literal["float32", "bfloat16"], total_steps: int,
+        self,
+        model: nn.Module,
+        config: schema.Engine,
+        *,
+        dtype: Literal["float32", "bfloat16"],
+        total_steps: int,
         process: Process,
     ) -> None:
         join(process)

@@ -38,7 +38,14 @@ class RunJournal:
     """The Journal of a real run, on disk in `rundir` and in MLflow through `tracker`."""
 
     def __init__(
-        self, recipe: Recipe, rundir: RunDir, tracker: Tracker, pins: Pins, hands: Hands, *, position: int,
+        self,
+        recipe: Recipe,
+        rundir: RunDir,
+        tracker: Tracker,
+        pins: Pins,
+        hands: Hands,
+        *,
+        position: int,
         incarnation: int,
     ) -> None:
         self.position = position

@@ -38,8 +38,13 @@ class Learner:
     """
 
     def __init__(
-        self, recipe: schema.Recipe, rank: int = 0, world_size: int = 1, master_addr: str = "127.0.0.1",
-        master_port: int = 0, total_steps: int | None = None,
+        self,
+        recipe: schema.Recipe,
+        rank: int = 0,
+        world_size: int = 1,
+        master_addr: str = "127.0.0.1",
+        master_port: int = 0,
+        total_steps: int | None = None,
     ) -> None:
         self.config, self.algorithm = recipe.learner, recipe.algorithm
         self.temperature = recipe.sampling.temperature
@@ -47,8 +52,11 @@ class Learner:
         updates = (total_steps or recipe.run.steps) * self.algorithm.epochs * self.algorithm.minibatches
         process = Process(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
         self.engine = TrainEngine(
-            load_policy(recipe.model.path, recipe.model.dtype), recipe.learner, dtype=recipe.model.dtype,
-            total_steps=updates, process=process,
+            load_policy(recipe.model.path, recipe.model.dtype),
+            recipe.learner,
+            dtype=recipe.model.dtype,
+            total_steps=updates,
+            process=process,
         )
         self.generator = np.random.default_rng(recipe.run.seed)
         self.kl = targets.KLCoefficient(config=self.algorithm.kl, value=self.algorithm.kl.coefficient)
@@ -83,8 +91,13 @@ class Learner:
             total = (loss * weights[rows].to(loss.device)).sum() * micro.counts
             if micro.counts:
                 trained.old[rows], trained.seen[rows] = old.cpu(), 1
-                counted = {"loss": total, "tokens": mask, "entropy": entropy, "clipped": clipped & mask,
-                           "weight": weight}
+                counted = {
+                    "loss": total,
+                    "tokens": mask,
+                    "entropy": entropy,
+                    "clipped": clipped & mask,
+                    "weight": weight,
+                }
                 for name, value in counted.items():
                     trained.sums[name] += float(value.detach().sum())
             return total
@@ -114,7 +127,9 @@ class Learner:
 
     def _forward(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor]:
         inputs = sequences(
-            [batch.prompt_ids[row] for row in rows], targets.completions(batch, rows), self.engine.device,
+            [batch.prompt_ids[row] for row in rows],
+            targets.completions(batch, rows),
+            self.engine.device,
             width=batch.mask.shape[1],
         )
         logprobs, entropy = self.engine.model(**fields(inputs), temperature=self.temperature)
@@ -149,15 +164,18 @@ class Learner:
         } | _gaps(batch, old)
         self.kl.observe(batch)
         return StepStats(
-            loss=metrics["loss/policy"], grad_norm=metrics["policy/grad_norm"], metrics=metrics,
+            loss=metrics["loss/policy"],
+            grad_norm=metrics["policy/grad_norm"],
+            metrics=metrics,
             rng_hash=self.rng_hash(),
         )
 
     def rng_hash(self) -> str:
         """Return a sha256 over every generator this rank draws from."""
         state = random_state() | {"minibatches": self.generator.bit_generator.state}
-        return hashlib.sha256(pickle.dumps({k: v.numpy() if isinstance(v, Tensor) else v for k, v in state.items()})
-                              ).hexdigest()
+        return hashlib.sha256(
+            pickle.dumps({k: v.numpy() if isinstance(v, Tensor) else v for k, v in state.items()})
+        ).hexdigest()
 
     def state_dict_for_publish(self) -> dict[str, Tensor]:
         """Return the weights under their HF names on the CPU of rank 0, tied ones once; {} on other ranks."""

@@ -61,7 +61,12 @@ class PolicyModel(nn.Module):
         self.logits_per_chunk = logits_per_chunk
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, mask: Tensor,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        mask: Tensor,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
         """Return log-probs (b, T) and entropies (b, T, no gradient) in nats of softmax(logits / temperature).

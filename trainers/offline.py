@@ -57,8 +57,15 @@ class Objective:
 
 
 def fit(
-    engine: TrainEngine, objective: Objective, rows: Sequence[int], *, epochs: int, batch: int, token_budget: int,
-    seed: int, log: Log = _log.info,
+    engine: TrainEngine,
+    objective: Objective,
+    rows: Sequence[int],
+    *,
+    epochs: int,
+    batch: int,
+    token_budget: int,
+    seed: int,
+    log: Log = _log.info,
 ) -> int:
     """Train on `rows` for `epochs`, `batch` rows per optimizer step; return the number of steps. A collective."""
     generator = np.random.default_rng(seed)
@@ -92,9 +99,7 @@ def _update(engine: TrainEngine, objective: Objective, rows: list[int], token_bu
 
 
 @torch.no_grad()
-def evaluate(
-    engine: TrainEngine, objective: Objective, rows: Sequence[int], token_budget: int
-) -> tuple[float, int]:
+def evaluate(engine: TrainEngine, objective: Objective, rows: Sequence[int], token_budget: int) -> tuple[float, int]:
     """Return the mean loss over `rows` (NaN if there are none) and how many are correct. A collective."""
     if not rows:
         return math.nan, 0
@@ -148,7 +153,12 @@ def pad_right(texts: Sequence[Ints]) -> tuple[Tensor, Tensor]:
 
 
 def train_sft(
-    config: Offline, base: str, rows: Rows, keys: Sequence[str] | None = None, *, process: Process | None = None,
+    config: Offline,
+    base: str,
+    rows: Rows,
+    keys: Sequence[str] | None = None,
+    *,
+    process: Process | None = None,
     log: Log = _log.info,
 ) -> Result:
     """Train `base` to imitate; write an HF causal language model to config.output. Skipped if that is there already.
@@ -160,7 +170,12 @@ def train_sft(
 
 
 def train_reward(
-    config: Offline, base: str, rows: Rows, keys: Sequence[str] | None = None, *, process: Process | None = None,
+    config: Offline,
+    base: str,
+    rows: Rows,
+    keys: Sequence[str] | None = None,
+    *,
+    process: Process | None = None,
     log: Log = _log.info,
 ) -> Result:
     """Train a Bradley-Terry reward model; write an HF sequence classifier with one output to config.output.
@@ -189,21 +204,38 @@ def _train(
     objective = sft_objective(rows) if kind == "sft" else preference_objective(rows)
     budget = config.engine.token_budget
     engine = TrainEngine(
-        _model(kind, base, config), config.engine, dtype=config.dtype,
-        total_steps=config.epochs * math.ceil(len(train) / config.batch), process=process,
+        _model(kind, base, config),
+        config.engine,
+        dtype=config.dtype,
+        total_steps=config.epochs * math.ceil(len(train) / config.batch),
+        process=process,
     )
     before, _ = evaluate(engine, objective, holdout, budget)
     steps = fit(
-        engine, objective, train, epochs=config.epochs, batch=config.batch, token_budget=budget, seed=config.seed,
+        engine,
+        objective,
+        train,
+        epochs=config.epochs,
+        batch=config.batch,
+        token_budget=budget,
+        seed=config.seed,
         log=log,
     )
     loss, correct = evaluate(engine, objective, holdout, budget)
     scored = kind == "reward" and bool(holdout)
     low, high = wilson(correct, len(holdout)) if scored else (None, None)
     result = Result(
-        kind=kind, loss=loss, loss_before=before, accuracy=correct / len(holdout) if scored else None,
-        accuracy_low=low, accuracy_high=high, rows=len(train), holdout_rows=len(holdout), steps=steps,
-        seconds=time.monotonic() - started, config_hash=config_hash,
+        kind=kind,
+        loss=loss,
+        loss_before=before,
+        accuracy=correct / len(holdout) if scored else None,
+        accuracy_low=low,
+        accuracy_high=high,
+        rows=len(train),
+        holdout_rows=len(holdout),
+        steps=steps,
+        seconds=time.monotonic() - started,
+        config_hash=config_hash,
     )
     _write(engine, Path(config.output), base, result)
     return result

@@ -1,12 +1,12 @@
 """Online RLHF on one page: three loops over one buffer.
 
-    roll_out   prompts -> admit -> generate -> score (rewards and reference at once) -> buffer
-    train      buffer -> batch -> learner step -> publish version -> load -> release slots -> record
-    evaluate   due versions, pinned -> downstream evaluations, on the same x-axis as the reward
+roll_out   prompts -> admit -> generate -> score (rewards and reference at once) -> buffer
+train      buffer -> batch -> learner step -> publish version -> load -> release slots -> record
+evaluate   due versions, pinned -> downstream evaluations, on the same x-axis as the reward
 
-    roll_out   waits for a free slot      unblocked by train, which releases a batch once its weights serve
-    train      waits for B groups         unblocked by roll_out; and by evaluate, when two versions are queued
-    evaluate   waits for a due version    unblocked by train
+roll_out   waits for a free slot      unblocked by train, which releases a batch once its weights serve
+train      waits for B groups         unblocked by roll_out; and by evaluate, when two versions are queued
+evaluate   waits for a due version    unblocked by train
 """
 
 import asyncio
@@ -60,7 +60,13 @@ class Journal(Protocol):
 
 
 async def run(
-    actors: Actors, prompts: Iterable[Prompt], buffer: Buffer, journal: Journal, *, start: Weights, steps: int,
+    actors: Actors,
+    prompts: Iterable[Prompt],
+    buffer: Buffer,
+    journal: Journal,
+    *,
+    start: Weights,
+    steps: int,
     unfinished: Sequence[Weights] = (),
 ) -> None:
     """Train from `start` to version `steps`; return after the last evaluation.
@@ -84,9 +90,7 @@ async def run(
             await pinned.put(None)
 
 
-async def roll_out(
-    prompts: Iterable[Prompt], generator: Generator, scorers: Sequence[Scorer], buffer: Buffer
-) -> None:
+async def roll_out(prompts: Iterable[Prompt], generator: Generator, scorers: Sequence[Scorer], buffer: Buffer) -> None:
     """Keep every slot of the buffer filled, in the order of `prompts`."""
     async with asyncio.TaskGroup() as in_flight:
         for prompt in prompts:
@@ -94,9 +98,7 @@ async def roll_out(
             in_flight.create_task(fill(ticket, prompt, generator, scorers, buffer))
 
 
-async def fill(
-    ticket: int, prompt: Prompt, generator: Generator, scorers: Sequence[Scorer], buffer: Buffer
-) -> None:
+async def fill(ticket: int, prompt: Prompt, generator: Generator, scorers: Sequence[Scorer], buffer: Buffer) -> None:
     """Sample and score one group; a prompt that cannot be used is discarded, any other error ends the run."""
     try:
         group = await generator.generate(prompt)
@@ -112,8 +114,14 @@ async def fill(
 
 
 async def train(
-    learner: Learner, generator: Generator, buffer: Buffer, journal: Journal, pinned: asyncio.Queue[Weights | None],
-    *, version: int, steps: int,
+    learner: Learner,
+    generator: Generator,
+    buffer: Buffer,
+    journal: Journal,
+    pinned: asyncio.Queue[Weights | None],
+    *,
+    version: int,
+    steps: int,
 ) -> None:
     """Take, learn, publish, load, release: once a step, until version `steps`."""
     while version < steps and not journal.stopping():

@@ -36,8 +36,13 @@ class RewardModel:
     """
 
     def __init__(
-        self, path: str, *, dtype: DType = "float32", max_length: int = 1024,
-        token_budget: int = 16_384, device: str | None = None,
+        self,
+        path: str,
+        *,
+        dtype: DType = "float32",
+        max_length: int = 1024,
+        token_budget: int = 16_384,
+        device: str | None = None,
     ) -> None:
         config = AutoConfig.from_pretrained(path)
         if config.num_labels != 1:
