@@ -107,7 +107,7 @@ class GeneratorGroup:
         what = f"loading version {weights.version}"
         loads = [replica.load.remote(weights) for replica in self._replicas.replicas]
         await asyncio.gather(self._learner.send(weights), *(call(load, what, self._deadline_s) for load in loads))
-        self._gauges["sync/seconds"] = time.monotonic() - began
+        self._gauges["sync/seconds"] = self._learner.publish_seconds + time.monotonic() - began
         expected = await self._learner.probe_logprobs(self._probe)
         probes = [replica.probe.remote(self._probe) for replica in self._replicas.replicas]
         found = await asyncio.gather(*(call(probe, "probing the generator", self._deadline_s) for probe in probes))
@@ -149,6 +149,7 @@ class LearnerGroup:
         self._publish = "announce" if transport == "nccl" else "publish"
         self._deadline_s = deadline_s
         self.version = version
+        self.publish_seconds = 0.0
 
     async def step(self, batch: Batch) -> StepStats:
         """Train policy and critic at once; values are computed here, so they are never stale."""
@@ -161,7 +162,9 @@ class LearnerGroup:
 
     async def publish(self) -> Weights:
         """Advance the version and publish its weights."""
-        weights = (await self._each(self._ranks, self._publish, self.version + 1))[0]
+        began = time.monotonic()
+        weights: Weights = (await self._each(self._ranks, self._publish, self.version + 1))[0]
+        self.publish_seconds = time.monotonic() - began
         self.version = weights.version
         return weights
 
