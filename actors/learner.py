@@ -90,6 +90,10 @@ class LearnerRank(_Rank):
         """Return untempered log-probs (L - 1,) of a text of L tokens."""
         return self.learner.probe_logprobs(token_ids)
 
+    def sampled_logprobs(self, prompt_ids: Ints, token_ids: Ints) -> Floats:
+        """Return the log-probs (T,) of a completion at the sampling temperature."""
+        return self.learner.sampled_logprobs(prompt_ids, token_ids)
+
     def save(self, directory: Path) -> None:
         """Write the training state."""
         with self._working():

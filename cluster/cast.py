@@ -1,6 +1,7 @@
 """The actors of one run: created on their seats, started in the order in which they can be, closed at the end."""
 
 import asyncio
+import dataclasses
 import importlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +98,7 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
     generator = GeneratorGroup(
         replicas,
         sampling_of(recipe.sampling),
-        probe=prompts[0].token_ids[:PROBE_TOKENS],
+        probe=dataclasses.replace(prompts[0], token_ids=prompts[0].token_ids[:PROBE_TOKENS]),
         learner=learner,
         deadline_s=recipe.generator.deadline_s,
         retries=recipe.generator.retries,

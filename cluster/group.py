@@ -1,6 +1,7 @@
 """Fan-out: several Ray actors behind the one port that the loop sees."""
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from trainers.types import (
 
 log = logging.getLogger("headroom")
 BACK_OFF_S = 1.0
+PROBE_DECODES = 8  # tokens that a probe decodes after each load
 
 
 async def call(reference: Any, what: str, deadline_s: float) -> Any:
@@ -77,7 +79,7 @@ class GeneratorGroup:
         replicas: Sequence[Any],
         sampling: Sampling,
         *,
-        probe: Ints,
+        probe: Prompt,
         learner: "LearnerGroup",
         deadline_s: float,
         retries: int,
@@ -108,10 +110,28 @@ class GeneratorGroup:
         loads = [replica.load.remote(weights) for replica in self._replicas.replicas]
         await asyncio.gather(self._learner.send(weights), *(call(load, what, self._deadline_s) for load in loads))
         self._gauges["sync/seconds"] = self._learner.publish_seconds + time.monotonic() - began
-        expected = await self._learner.probe_logprobs(self._probe)
-        probes = [replica.probe.remote(self._probe) for replica in self._replicas.replicas]
+        self._gauges["sync/logprob_gap"] = await self._prompt_gap()
+        self._gauges["rollout/behaviour_gap"] = await self._decode_gap(weights.version)
+
+    async def _prompt_gap(self) -> float:
+        """Compare every replica's log-probs of the probe's prompt with the learner's: is the load exact?"""
+        ids = self._probe.token_ids
+        probes = (replica.probe.remote(ids) for replica in self._replicas.replicas)
         found = await asyncio.gather(*(call(probe, "probing the generator", self._deadline_s) for probe in probes))
-        self._gauges["sync/logprob_gap"] = max(float(np.abs(logprobs - expected).max()) for logprobs in found)
+        expected = await self._learner.probe_logprobs(ids)
+        return max(float(np.abs(logprobs - expected).max()) for logprobs in found)
+
+    async def _decode_gap(self, version: int) -> float:
+        """Let one replica answer the probe and compare the log-probs it recorded: do the numerics agree?
+
+        By construction of one version and staleness 0, which rollouts of an asynchronous run hardly ever are.
+        """
+        sampling = dataclasses.replace(self._sampling, n=1, max_tokens=min(PROBE_DECODES, self._sampling.max_tokens))
+        prompt = dataclasses.replace(self._probe, uid=f"probe-v{version}")
+        reply = self._replicas.replicas[version % len(self._replicas.replicas)].generate.remote(prompt, sampling)
+        rollout = (await call(reply, "answering the probe", self._deadline_s)).rollouts[0]
+        expected = await self._learner.sampled_logprobs(prompt.token_ids, rollout.token_ids)
+        return float(np.abs(rollout.logprobs - expected).mean())
 
     def gauges(self) -> Mapping[str, float]:
         """Return what the last load took and how exact it was."""
@@ -180,6 +200,11 @@ class LearnerGroup:
     async def probe_logprobs(self, probe: Ints) -> Floats:
         """Return the learner's own prompt log-probs of the probe, (L-1,)."""
         return (await self._each(self._ranks, "probe_logprobs", probe))[0]
+
+    async def sampled_logprobs(self, prompt_ids: Ints, token_ids: Ints) -> Floats:
+        """Return the learner's own log-probs (T,) of a completion, at the sampling temperature."""
+        logprobs: Floats = (await self._each(self._ranks, "sampled_logprobs", prompt_ids, token_ids))[0]
+        return logprobs
 
     async def save(self, path: str) -> None:
         """Write every rank's engine and random state below `path`."""

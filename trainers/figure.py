@@ -41,7 +41,7 @@ def curves(
     if best is not None:
         handles.append(top.axvline(best, color="black", linestyle=":", label=f"best: version {best}"))
         bottom.axvline(best, color="black", linestyle=":")
-    top.legend(handles=handles, loc="best", frameon=False)
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     for axes in (top, bottom):
         axes.grid(alpha=0.25)
     figure.savefig(path, dpi=150)

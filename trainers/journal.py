@@ -103,8 +103,8 @@ class RunJournal:
         rollouts = [rollout for group in take.groups for rollout in group.rollouts]
         return {
             **rollout_metrics(take.groups, weights.version - 1),
-            **stats.metrics,
             **await self._hands.gauges(),
+            **stats.metrics,
             "rollout/discarded": float(len(take.discarded)),
             "time/step": seconds,
             "throughput/samples_per_s": len(rollouts) / seconds,

@@ -185,6 +185,11 @@ class Learner:
         """Return the untempered log-probs (L - 1,) of tokens 1 … L - 1 of a text, each given those before it."""
         return completion_logprobs(self.engine.model, [token_ids[:1]], [token_ids[1:]], 1.0, len(token_ids))[0]
 
+    def sampled_logprobs(self, prompt_ids: Ints, token_ids: Ints) -> Floats:
+        """Return the log-probs (T,) of a completion at the sampling temperature, as its engine should have them."""
+        budget = len(prompt_ids) + len(token_ids)
+        return completion_logprobs(self.engine.model, [prompt_ids], [token_ids], self.temperature, budget)[0]
+
     def save(self, directory: Path) -> None:
         """Write everything `load` needs to go on bit-equal."""
         extra = {"kl_coefficient": self.kl.value, "generator": self.generator.bit_generator.state}
