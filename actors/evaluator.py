@@ -6,7 +6,8 @@ import time
 
 import torch
 
-from actors.generator import EngineOptions, Generator
+from actors.engine import EngineOptions
+from actors.generator import Generator
 from actors.reward import ModelComponent, RuleComponent, build
 from configs.errors import UserError
 from configs.schema import EvalTask, Recipe

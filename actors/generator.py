@@ -1,14 +1,13 @@
 """The vLLM engine, and the actor that samples groups with it."""
 
 import asyncio
-import hashlib
 import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
+from actors.engine import EngineOptions, EngineStats, sample_seed
 from actors.weight_sync import BACKEND, WORKER_EXTENSION, Mailbox, NcclGroup, load_weights, register_with_vllm
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
 
@@ -35,44 +35,6 @@ register_with_vllm()
 
 class WorkerExtension:
     """Named in vLLM's `worker_extension_cls`, so that the worker process imports this file and with it our engine."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """What an engine is started with."""
-
-    model_path: str
-    run: str  # salts the seeds and names the shared-memory files
-    dtype: str = "bfloat16"
-    max_length: int = 1024  # prompt and completion tokens
-    update: Literal["in_flight", "drain"] = "in_flight"
-    deadline_s: float = 300.0  # of one group, queueing included
-    kv_cache_gb: float = 1.0  # CPU engines
-    threads: int | None = None  # of the vLLM worker, CPU engines
-    cores: tuple[int, ...] = ()  # pin the worker to them, CPU engines
-    engine: Mapping[str, Any] = field(default_factory=dict)  # further AsyncEngineArgs
-
-
-@dataclass(slots=True, kw_only=True)
-class EngineStats:
-    """Counted since the start of the engine."""
-
-    groups: int = 0
-    rollouts: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    preemptions: int = 0
-    recomputed_tokens: int = 0  # prefilled again after a preemption
-    busy_s: float = 0.0  # at least one request was in the engine
-    waiting_s: float = 0.0  # none was
-    paused_s: float = 0.0  # loading weights
-    in_flight: int = 0
-
-
-def sample_seed(run: str, uid: str, sample: int) -> int:
-    """Return the 31-bit seed of one sample: a hash, so that neighbouring prompts share no seeds."""
-    digest = hashlib.sha256(f"{run}\0{uid}\0{sample}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 class Engine:
@@ -285,6 +247,8 @@ class Engine:
         }
         if current_platform.is_cpu():
             arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30)}
+            # Never split a prompt: vLLM 0.32 then dies on CPU if the request has a seed.
+            arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, options.max_length)}
         return AsyncEngineArgs(**(arguments | dict(options.engine)))
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import ray
 
+from actors.engine import EngineOptions
 from actors.evaluator import EvaluatorActor
-from actors.generator import EngineOptions, Generator
+from actors.generator import Generator
 from actors.learner import CriticRank, LearnerRank
 from actors.reference import ReferenceActor
 from actors.reward import RewardActor

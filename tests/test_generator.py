@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load
 from transformers import LlamaForCausalLM
 
-from actors.generator import Engine, EngineOptions, sample_seed
+from actors.engine import EngineOptions, sample_seed
+from actors.generator import Engine
 from actors.weight_sync import Mailbox, choose_transport, load_weights, pack, weights_from_directory
 from tests.tiny import tiny_model
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Sampling, VersionSpan, Weights
@@ -91,6 +92,18 @@ def decoded_gap(served: Served, group: Group, temperature: float) -> float:
         expected = hf_logprobs(served.model, ids, temperature)[len(group.prompt.token_ids) - 1 :]
         gaps.append(np.abs(expected - rollout.logprobs).max())
     return max(gaps)
+
+
+@pytest.mark.slow
+@tied
+def test_many_long_prompts_at_once(served: Served) -> None:
+    async def all_groups() -> list[Group]:
+        sampling = Sampling(n=2, max_tokens=4)
+        asked = [prompt(f"e0-p{i}", np.roll(np.resize(PROBE, 200), i)) for i in range(16)]
+        return await asyncio.gather(*(served.engine.generate(one, sampling) for one in asked))
+
+    groups = served.run(all_groups())  # 3,200 prompt tokens: more than vLLM takes in one step
+    assert max(decoded_gap(served, group, 1.0) for group in groups) < 1e-4
 
 
 @pytest.mark.slow

@@ -1,0 +1,44 @@
+"""What a vLLM engine is started with, what it counts, and how its samples are seeded; vllm itself is not needed."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What an engine is started with."""
+
+    model_path: str
+    run: str  # salts the seeds and names the shared-memory files
+    dtype: str = "bfloat16"
+    max_length: int = 1024  # prompt and completion tokens
+    update: Literal["in_flight", "drain"] = "in_flight"
+    deadline_s: float = 300.0  # of one group, queueing included
+    kv_cache_gb: float = 1.0  # CPU engines
+    threads: int | None = None  # of the vLLM worker, CPU engines
+    cores: tuple[int, ...] = ()  # pin the worker to them, CPU engines
+    engine: Mapping[str, Any] = field(default_factory=dict)  # further AsyncEngineArgs
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Counted since the start of the engine."""
+
+    groups: int = 0
+    rollouts: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    preemptions: int = 0
+    recomputed_tokens: int = 0  # prefilled again after a preemption
+    busy_s: float = 0.0  # at least one request was in the engine
+    waiting_s: float = 0.0  # none was
+    paused_s: float = 0.0  # loading weights
+    in_flight: int = 0
+
+
+def sample_seed(run: str, uid: str, sample: int) -> int:
+    """Return the 31-bit seed of one sample: a hash, so that neighbouring prompts share no seeds."""
+    digest = hashlib.sha256(f"{run}\0{uid}\0{sample}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
