@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs.errors import UserError
 from trainers.buffer import Buffer, Take
 from trainers.online import Actors, run
 from trainers.types import (
@@ -173,7 +174,7 @@ def test_too_many_discards_end_the_run() -> None:
         for position in itertools.count():
             await buffer.discard(await buffer.admit(), prompt(position), "bad")
 
-    with pytest.raises(DataError, match="9 of 9 prompts were discarded"):
+    with pytest.raises(UserError, match=r"9 of 9 prompts were discarded.*loop\.discard_budget.*e0-p8: bad"):
         asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 
 

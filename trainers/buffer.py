@@ -9,7 +9,8 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainers.types import DataError, Discarded, Group, Prompt
+from configs.errors import UserError
+from trainers.types import Discarded, Group, Prompt
 
 FREE_DISCARDS = 8  # so that one bad prompt at the start does not end a run
 
@@ -62,13 +63,13 @@ class Buffer:
         await self._finish(ticket, group)
 
     async def discard(self, ticket: int, prompt: Prompt, reason: str) -> None:
-        """Give up a ticket's prompt; its slot is free at once. Raises DataError past the budget."""
+        """Give up a ticket's prompt; its slot is free at once. Raises UserError past the budget."""
         await self._finish(ticket, Discarded(prompt=prompt, reason=reason))
         self._discards += 1
         if self._discards > max(FREE_DISCARDS, self._discard_budget * self._tickets):
-            raise DataError(
+            raise UserError(
                 f"{self._discards} of {self._tickets} prompts were discarded, more than loop.discard_budget="
-                f"{self._discard_budget} allows; the last: {prompt.uid}: {reason}"
+                f"{self._discard_budget} allows; correct the cause or allow more; the last: {prompt.uid}: {reason}"
             )
 
     async def take(self) -> Take:
