@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.weight_sync import Transport
+from configs.errors import UserError
 from trainers.evaluations import milestones
 from trainers.types import (
     Batch,
@@ -34,17 +35,28 @@ PROBE_DECODES = 8  # tokens that a probe decodes after each load
 async def call(reference: Any, what: str, deadline_s: float) -> Any:
     """Await a remote call and raise its own error, or InfraError when the actor or the deadline failed."""
     try:
-        return await asyncio.wait_for(_resolve(reference), deadline_s)
+        return await asyncio.wait_for(answer(reference, what), deadline_s)
     except TimeoutError:
         raise InfraError(f"{what}: no answer after {deadline_s:g} s") from None
-    except (RayActorError, GetTimeoutError) as error:
-        raise InfraError(f"{what}: {str(error).splitlines()[0]}") from error
+
+
+async def answer(reference: Any, what: str) -> Any:
+    """Await a remote call without a deadline; errors as in `call`."""
+    try:
+        return await reference
     except RayTaskError as error:
         raise error.cause if isinstance(error.cause, Exception) else error from error
+    except RayError as error:  # a dead actor or node, a lost object, no memory
+        if isinstance(error, RayActorError) and error.actor_init_failed:
+            raise _from_constructor(what, str(error)) from error
+        raise InfraError(f"{what}: {str(error).splitlines()[0]}") from error
 
 
-async def _resolve(reference: Any) -> Any:
-    return await reference
+def _from_constructor(what: str, text: str) -> Exception:
+    """Classify by its text what an actor's constructor raised: Ray keeps nothing else of it."""
+    last = text.strip().splitlines()[-1]
+    mine = f"{UserError.__module__}.{UserError.__name__}: "
+    return UserError(last.removeprefix(mine)) if last.startswith(mine) else InfraError(f"{what}: {last}")
 
 
 class LeastLoaded:
@@ -55,13 +67,15 @@ class LeastLoaded:
         self._load = [0] * len(self.replicas)
 
     async def request(self, method: str, *args: Any, what: str, deadline_s: float, retries: int = 0) -> Any:
-        """Call `method` on a replica; on InfraError try the others again, `retries` times with back-off."""
+        """Call `method` on a replica; on InfraError try again `retries` times with back-off, elsewhere if possible."""
+        failed: set[int] = set()  # a dead replica has no load: without this it would be chosen again
         for attempt in range(retries + 1):
-            index = min(range(len(self._load)), key=self._load.__getitem__)
+            index = min(range(len(self._load)), key=lambda i: (i in failed, self._load[i]))
             self._load[index] += 1
             try:
                 return await call(getattr(self.replicas[index], method).remote(*args), what, deadline_s)
             except InfraError as error:
+                failed.add(index)
                 if attempt == retries:
                     raise
                 log.warning("%s; trying again (%d of %d)", error, attempt + 1, retries)

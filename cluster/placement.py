@@ -10,6 +10,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.group import answer
 from configs.errors import UserError
 from configs.schema import Recipe, Resources
 from configs.seats import seats
@@ -61,7 +62,7 @@ async def _resolve(reference: Any) -> Any:
 
 async def all_ready(starting: Mapping[str, Awaitable[Any]], deadline_s: float, every_s: float = 15) -> None:
     """Wait for the actors to come up, saying which are still missing. Raises InfraError after the deadline."""
-    tasks = {asyncio.ensure_future(_finish(start)): name for name, start in starting.items()}
+    tasks = {asyncio.ensure_future(answer(start, f"starting {name}")): name for name, start in starting.items()}
     waited = 0.0
     pending = set(tasks)
     while pending:
@@ -74,7 +75,3 @@ async def all_ready(starting: Mapping[str, Awaitable[Any]], deadline_s: float, e
             if waited >= deadline_s:
                 raise InfraError(f"not up after {waited:.0f} s: {missing}; see the actors' logs")
             log.info("waiting for %s (%.0f of %.0f s)", missing, waited, deadline_s)
-
-
-async def _finish(start: Awaitable[Any]) -> Any:
-    return await start
