@@ -125,7 +125,9 @@ async def _run(
     pins = Pins(rundir.path / "exports")
     pins.forget_after(version)
     hands = Hands(save=cast.learner.save, export=cast.learner.export, gauges=cast.gauges, show=progress.show)
-    journal = RunJournal(recipe, rundir, tracker, pins, hands, position=int(meta["position"]), incarnation=incarnation)
+    journal = RunJournal(
+        recipe, rundir, tracker, pins, hands, version=version, position=int(meta["position"]), incarnation=incarnation
+    )
     note_data(recipe, rundir, tracker, cast)
     missed = journal.recall(tracker.evaluations(up_to=version))
     for name in (signal.SIGTERM, signal.SIGINT):

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,6 +47,8 @@ class World:
         self.takes: list[Take] = []
         self.generated: list[str] = []
         self.evaluations: list[int] = []
+        self.halt = asyncio.Event()
+        self.suspended_after: int | None = None
 
     async def pause(self) -> None:
         """Let a random number of other events happen first: a latency without a clock."""
@@ -102,7 +105,13 @@ class World:
         self.evaluations += [result.version for result in results]
 
     def stopping(self) -> bool:
-        return False
+        return self.halt.is_set()
+
+    async def stopped(self) -> None:
+        await self.halt.wait()
+
+    async def suspend(self) -> None:
+        self.suspended_after = len(self.takes)
 
 
 def play(world: World, *, batch: int, staleness: int, steps: int) -> None:
@@ -166,6 +175,24 @@ def test_a_failing_actor_ends_the_run() -> None:
     with pytest.raises(ExceptionGroup) as caught:
         play(world, batch=2, staleness=1, steps=3)
     assert caught.value.subgroup(InfraError) is not None
+
+
+@pytest.mark.parametrize(("stuck", "every", "after"), [("generate", 3, 2), ("evaluate", 1, 1), ("evaluate", 20, 20)])
+def test_a_run_asked_to_end_waits_for_nothing_but_the_current_step(stuck: str, every: int, after: int) -> None:
+    world, steps = World(seed=0, straggler=0, failing=0, every=every), 20
+    usual = getattr(world, stuck)
+
+    async def hanging(argument: Any) -> Any:
+        if len(world.takes) < after:
+            return await usual(argument)
+        asyncio.get_running_loop().call_later(0.02, world.halt.set)  # by then every loop waits for this one
+        return await asyncio.Event().wait()
+
+    setattr(world, stuck, hanging)
+    play(world, batch=2, staleness=1, steps=steps)
+    assert len(world.takes) == len(world.batches) == world.version, "a step that was begun is recorded"
+    assert (len(world.takes) == steps) == (after == steps)
+    assert world.suspended_after == (None if after == steps else len(world.takes))
 
 
 def test_too_many_discards_end_the_run() -> None:

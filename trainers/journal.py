@@ -45,10 +45,13 @@ class RunJournal:
         pins: Pins,
         hands: Hands,
         *,
+        version: int,
         position: int,
         incarnation: int,
     ) -> None:
+        """Take up the run where its checkpoint left it: after step `version`, with `position` prompts retired."""
         self.position = position
+        self._version = self._saved = version  # last recorded, and last that a kill cannot take back
         self._recipe = recipe
         self._rundir = rundir
         self._tracker = tracker
@@ -61,19 +64,28 @@ class RunJournal:
         self._evaluated: dict[int, dict[str, float]] = {}
         self._pins = pins
         self.latest: float | None = None
-        self.last_saved = -1
 
     def stop(self) -> None:
-        """Ask the run to end after the current step, with a checkpoint."""
+        """Ask the run to end: after the current step if one is being trained, with a checkpoint."""
         self._stop.set()
 
     def stopping(self) -> bool:
         """Whether `stop` was called."""
         return self._stop.is_set()
 
+    async def stopped(self) -> None:
+        """Return once `stop` is called."""
+        await self._stop.wait()
+
+    async def suspend(self) -> None:
+        """Save the last recorded step unless its checkpoint is there."""
+        if self._saved != self._version:
+            await self.save()
+
     async def record(self, take: Take, stats: StepStats, weights: Weights) -> None:
         """Append to the ledger, log the metrics, and save a checkpoint when one is due."""
         self.position += take.retired
+        self._version = weights.version
         self._ledger.append(
             Entry(
                 step=weights.version,
@@ -93,9 +105,8 @@ class RunJournal:
         self._hands.show(weights.version, metrics, self.latest)
         if weights.version % SAMPLES_EVERY == 0 or weights.version == 1:
             self._tracker.log_samples(weights.version, sample_rows(take))
-        last = weights.version == self._recipe.run.steps or self.stopping()
-        if weights.version % self._recipe.run.checkpoint_every == 0 or last:
-            await self.save(weights)
+        if weights.version % self._recipe.run.checkpoint_every == 0 or weights.version == self._recipe.run.steps:
+            await self.save()
 
     async def _measure(self, take: Take, stats: StepStats, weights: Weights) -> dict[str, float]:
         now = time.monotonic()
@@ -111,24 +122,24 @@ class RunJournal:
             "throughput/tokens_per_s": sum(len(rollout.token_ids) for rollout in rollouts) / seconds,
         }
 
-    async def save(self, weights: Weights) -> None:
-        """Write one checkpoint, complete or not at all, and forget the older ones."""
-        loop = asyncio.get_running_loop()
+    async def save(self) -> None:
+        """Write the checkpoint of the last recorded step, complete or not at all, and forget the older ones."""
+        loop, version = asyncio.get_running_loop(), self._version
 
         def write(path: Path) -> None:
             asyncio.run_coroutine_threadsafe(as_coroutine(self._hands.save(str(path))), loop).result()
 
         meta = {
-            "step": weights.version,
-            "version": weights.version,
+            "step": version,
+            "version": version,
             "position": self.position,
             "incarnation": self._incarnation,
             "mlflow_run_id": self._tracker.run_id,
         }
-        path = await asyncio.to_thread(checkpoint.save, self._rundir.checkpoints, weights.version, write, meta)
+        path = await asyncio.to_thread(checkpoint.save, self._rundir.checkpoints, version, write, meta)
         checkpoint.prune(self._rundir.checkpoints, keep=self._recipe.run.keep_checkpoints, protect=())
-        self.last_saved = weights.version
-        self._tracker.log_checkpoint(path, weights.version)
+        self._saved = version
+        self._tracker.log_checkpoint(path, version)
 
     async def pin(self, weights: Weights) -> bool:
         """Keep the weights of a due version as an HF model until it is evaluated, and after that if it is the best."""

@@ -11,9 +11,9 @@ evaluate   waits for a due version    unblocked by train
 
 import asyncio
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from trainers.batch import assemble
 from trainers.buffer import Buffer, Take
@@ -30,6 +30,7 @@ from trainers.types import (
     Weights,
 )
 
+T = TypeVar("T")
 QUEUED_EVALUATIONS = 2  # then training waits: no due version is dropped, none piles up
 
 
@@ -58,6 +59,12 @@ class Journal(Protocol):
     def stopping(self) -> bool:
         """Whether the run was asked to end before its last step."""
 
+    async def stopped(self) -> None:
+        """Return once the run is asked to end."""
+
+    async def suspend(self) -> None:
+        """Save what the next incarnation needs to go on after the last recorded step."""
+
 
 async def run(
     actors: Actors,
@@ -69,7 +76,7 @@ async def run(
     steps: int,
     unfinished: Sequence[Weights] = (),
 ) -> None:
-    """Train from `start` to version `steps`; return after the last evaluation.
+    """Train from `start` to version `steps`; return after the last evaluation, or soon after being asked to end.
 
     `unfinished` are pinned versions of an earlier incarnation that were never evaluated.
     """
@@ -78,16 +85,25 @@ async def run(
     async with asyncio.TaskGroup() as loops:
         rolling = loops.create_task(roll_out(prompts, actors.generator, actors.scorers, buffer))
         evaluating = loops.create_task(evaluate(pinned, actors.evaluator, journal))
-        for weights in unfinished:
-            await pinned.put(weights)
-        if await journal.pin(start):
-            await pinned.put(start)
+        for weights in [*unfinished, *([start] if await journal.pin(start) else [])]:
+            await unless_stopped(journal, pinned.put(weights))
         await train(actors.learner, actors.generator, buffer, journal, pinned, version=start.version, steps=steps)
         rolling.cancel()
-        if journal.stopping():  # what is pinned but not evaluated is evaluated after the resume
-            evaluating.cancel()
-        else:
-            await pinned.put(None)
+        if journal.stopping():
+            await journal.suspend()
+        await unless_stopped(journal, last_evaluation(pinned, evaluating))
+        evaluating.cancel()  # if asked to end; what is pinned but not evaluated is evaluated after the resume
+
+
+async def unless_stopped(journal: Journal, waiting: Coroutine[Any, Any, T]) -> T | None:
+    """Await what may take long, but give it up and return None once the run is asked to end."""
+    wait, stop = asyncio.ensure_future(waiting), asyncio.ensure_future(journal.stopped())
+    try:
+        await asyncio.wait((wait, stop), return_when=asyncio.FIRST_COMPLETED)
+        return None if journal.stopping() else await wait
+    finally:
+        wait.cancel()
+        stop.cancel()
 
 
 async def roll_out(prompts: Iterable[Prompt], generator: Generator, scorers: Sequence[Scorer], buffer: Buffer) -> None:
@@ -124,15 +140,14 @@ async def train(
     steps: int,
 ) -> None:
     """Take, learn, publish, load, release: once a step, until version `steps`."""
-    while version < steps and not journal.stopping():
-        take = await buffer.take()
+    while version < steps and (take := await unless_stopped(journal, buffer.take())):
         stats = await learner.step(assemble(take.groups, version))
         weights = await learner.publish()
         await generator.load(weights)
         await buffer.release(take.groups)
         await journal.record(take, stats, weights)
         if await journal.pin(weights):
-            await pinned.put(weights)
+            await unless_stopped(journal, pinned.put(weights))
         version = weights.version
 
 
@@ -140,3 +155,9 @@ async def evaluate(pinned: asyncio.Queue[Weights | None], evaluator: Evaluator, 
     """Evaluate each pinned version in turn; None ends the loop."""
     while (weights := await pinned.get()) is not None:
         await journal.evaluated(await evaluator.evaluate(weights))
+
+
+async def last_evaluation(pinned: asyncio.Queue[Weights | None], evaluating: asyncio.Task[None]) -> None:
+    """Return when everything pinned is evaluated."""
+    await pinned.put(None)
+    await asyncio.wait((evaluating,))
