@@ -42,9 +42,8 @@ def whole_run(recipe: Recipe) -> dict[str, Any]:
     finished = train(recipe)
     records = read(finished.rundir.metrics)
     ends = [r["timestamp"] / 1000 for r in records if r["kind"] == "metric" and r["key"] == "time/step"]
-    metrics = {key: points for key, points in read_metrics(finished.rundir.metrics).items() if key in KEPT}
-    busy = read_metrics(finished.rundir.metrics)
-    metrics |= {key: points for key, points in busy.items() if key.endswith("_busy")}
+    points = read_metrics(finished.rundir.metrics)
+    metrics = {key: values for key, values in points.items() if key in KEPT or key.endswith("_busy")}
     return {"ends": ends, "metrics": metrics, "engines": engines}
 
 
