@@ -151,14 +151,18 @@ class RunJournal:
         return True
 
     async def evaluated(self, results: Sequence[Evaluation]) -> None:
-        """Log one version's evaluations; keep its weights only if it is the best so far."""
+        """Log one version's evaluations; keep its weights only if it is the best so far, or may be again.
+
+        A resume takes back what was evaluated after the checkpoint, so the best up to there stays as well.
+        """
         if not results:
             return
         self._tracker.log_evaluations(results)
         self._note(results)
         pending = set(self._pins.versions()) - self._evaluated.keys()
-        keep = pending | {self._recipe.run.steps}
-        self._pins.keep_only(best_version(self._primary), keep)
+        safe = {version: score for version, score in self._primary.items() if version <= self._saved}
+        last = self._recipe.run.steps
+        self._pins.keep_only({*pending, last, best_version(self._primary), best_version(safe)})
 
     def recall(self, results: Mapping[int, Sequence[Evaluation]]) -> list[int]:
         """Take over an earlier incarnation's evaluations; return the versions it pinned but never evaluated."""

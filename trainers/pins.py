@@ -1,7 +1,7 @@
 """Versions kept as HF models: those due for evaluation, and after it only the best."""
 
 import shutil
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 
 PREFIX = "version-"
@@ -38,10 +38,10 @@ class Pins:
             if later > version:
                 shutil.rmtree(self.path(later))
 
-    def keep_only(self, best: int | None, pending: set[int]) -> None:
-        """Delete what is neither the best nor still to be evaluated."""
+    def keep_only(self, kept: Collection[int | None]) -> None:
+        """Delete every version but these."""
         for version in self.versions():
-            if version != best and version not in pending:
+            if version not in kept:
                 shutil.rmtree(self.path(version))
 
 

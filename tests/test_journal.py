@@ -1,0 +1,125 @@
+"""What the journal saves and keeps, on disk and without actors."""
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from trainers.buffer import Take
+from trainers.checkpoint import find_latest
+from trainers.journal import Hands, RunJournal
+from trainers.pins import Pins
+from trainers.rundir import RunDir
+from trainers.types import Evaluation, Group, Prompt, Rollout, StepStats, VersionSpan, Weights
+
+
+class SilentTracker:
+    """Stands where MLflow's tracker does; what it keeps is not tested here."""
+
+    run_id = None
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *args, **kwargs: None
+
+
+def journal_of(where: Path, *, version: int = 0, steps: int = 100, checkpoint_every: int = 4) -> RunJournal:
+    async def write(path: str) -> None:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        (Path(path) / "state").write_text("weights")
+
+    async def gauges() -> Mapping[str, float]:
+        return {}
+
+    recipe: Any = SimpleNamespace(
+        run=SimpleNamespace(steps=steps, checkpoint_every=checkpoint_every, keep_checkpoints=2),
+        evaluation=SimpleNamespace(every=1, tasks=["held"], primary="held/gold"),
+    )
+    hands = Hands(save=write, export=write, gauges=gauges, show=lambda *_: None)
+    tracker: Any = SilentTracker()
+    pins = Pins(where / "exports")
+    return RunJournal(recipe, RunDir(where).create(), tracker, pins, hands, version=version, position=0, incarnation=0)
+
+
+def take(version: int) -> Take:
+    prompt = Prompt(uid=f"e0-p{version}", position=version, messages=(), token_ids=np.zeros(1, np.int32))
+    rollout = Rollout(
+        uid=f"{prompt.uid}-s0",
+        seed=0,
+        token_ids=np.zeros(2, np.int32),
+        logprobs=np.zeros(2, np.float32),
+        spans=(VersionSpan(start=0, stop=2, version=version - 1),),
+        finish_reason="stop",
+        text="",
+        reward=0.0,
+    )
+    return Take(groups=(Group(prompt=prompt, rollouts=(rollout,)),), discarded=())
+
+
+def weights(version: int) -> Weights:
+    return Weights(version=version, hash="", handle=None)
+
+
+async def step(journal: RunJournal, version: int) -> None:
+    await journal.record(take(version), StepStats(loss=0, grad_norm=0, metrics={}, rng_hash=""), weights(version))
+
+
+async def evaluate(journal: RunJournal, version: int, score: float) -> None:
+    assert await journal.pin(weights(version))
+    scores = {"gold": np.array([score], np.float32)}
+    await journal.evaluated([Evaluation(version=version, task="held", prompt_uids=("a",), scores=scores, samples=())])
+
+
+def test_suspend_saves_the_last_step_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        journal = journal_of(tmp_path)
+        await journal.suspend()
+        assert find_latest(tmp_path / "checkpoints") is None, "version 0 is the start model"
+        for version in range(1, 6):
+            await step(journal, version)
+        assert saved(tmp_path) == (4, 4)
+        await journal.suspend()
+        assert saved(tmp_path) == (5, 5)
+        written = (tmp_path / "checkpoints" / "step-000005").stat().st_mtime_ns
+        await journal.suspend()
+        assert (tmp_path / "checkpoints" / "step-000005").stat().st_mtime_ns == written
+
+    asyncio.run(main())
+
+
+def saved(where: Path) -> tuple[int, int]:
+    found = find_latest(where / "checkpoints")
+    assert found is not None
+    return found[1]["version"], found[1]["position"]
+
+
+def test_a_kill_cannot_take_the_best_model_away(tmp_path: Path) -> None:
+    async def main() -> None:
+        journal = journal_of(tmp_path)
+        for version, score in enumerate((0.1, 0.3, 0.2, 0.1, 0.2, 0.9)):
+            if version:
+                await step(journal, version)
+            await evaluate(journal, version, score)
+        pins = Pins(tmp_path / "exports")
+        assert pins.versions() == [1, 5], "5 is the best, 1 would be if a resume went back to the checkpoint at 4"
+        for version in (6, 7, 8):
+            await step(journal, version)
+        await evaluate(journal, 8, 0.4)
+        assert pins.versions() == [5], "the checkpoint at 8 knows of 5"
+        assert journal.best == (5, pins.path(5))
+
+    asyncio.run(main())
+
+
+def test_what_is_queued_is_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        journal = journal_of(tmp_path)
+        for version in (0, 1, 2):
+            assert await journal.pin(weights(version))
+        await evaluate(journal, 0, 1.0)
+        assert Pins(tmp_path / "exports").versions() == [0, 1, 2]
+        assert journal_of(tmp_path).recall({}) == [0, 1, 2], "a resume evaluates what was not"
+
+    asyncio.run(main())
