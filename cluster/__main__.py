@@ -117,7 +117,7 @@ def _checked(command: Command, config: str | Path, overrides: Sequence[str]) -> 
 
 
 def _train(args: argparse.Namespace) -> None:
-    if args.resume is not None and not Path(args.resume).is_dir():
+    if args.resume is not None and not (Path(args.resume) / "config.yaml").is_file():
         raise UserError(f"--resume: no run directory {args.resume}; runs are under run.dir, usually runs/")
     recipe = _checked("train", args.config, args.overrides)
     from cluster import launch, summary
