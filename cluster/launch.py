@@ -18,6 +18,7 @@ from cluster.cast import CLOSE_S, STARTUP_S, Cast, start_cast
 from cluster.group import EvaluatorGroup, call
 from cluster.placement import Placement, all_ready
 from cluster.progress import Progress
+from configs.errors import UserError
 from configs.schema import Recipe
 from trainers import checkpoint
 from trainers.buffer import Buffer
@@ -53,7 +54,9 @@ def train(recipe: Recipe, resume: str | None = None) -> Finished:
 
     Raises UserError for what the user can mend, InfraError when the machines failed.
     """
-    rundir = RunDir(Path(resume or recipe.run.dir.format(name=recipe.run.name))).create()
+    if resume is not None:  # everything that goes by the run's directory goes by this one
+        recipe = recipe.model_copy(update={"run": recipe.run.model_copy(update={"dir": resume})})
+    rundir = RunDir(Path(recipe.run.dir.format(name=recipe.run.name))).create()
     with rundir.lock():
         rundir.adopt_config(recipe.model_dump(mode="json"))
         connect(recipe)
@@ -61,22 +64,27 @@ def train(recipe: Recipe, resume: str | None = None) -> Finished:
             return asyncio.run(_train(recipe, rundir))
         except BaseExceptionGroup as group:
             raise first_cause(group) from group
+        except asyncio.CancelledError:
+            raise KeyboardInterrupt from None
         finally:
             ray.shutdown()
 
 
 def connect(recipe: Recipe) -> None:
-    """Start a private Ray on this machine, or join the one at ray.address."""
+    """Start a private Ray on this machine, or join the one at ray.address. Raises UserError if none is there."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     local = recipe.ray.address == "local"
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets the driver starve the engines on a small machine
-    ray.init(
-        address=recipe.ray.address,
-        log_to_driver=False,
-        logging_level="ERROR",
-        runtime_env={"env_vars": variables},
-        **({"num_cpus": os.cpu_count(), "include_dashboard": False} if local else {}),
-    )
+    try:
+        ray.init(
+            address=recipe.ray.address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            runtime_env={"env_vars": variables},
+            **({"num_cpus": os.cpu_count(), "include_dashboard": False} if local else {}),
+        )
+    except ConnectionError as error:
+        raise UserError(f"ray.address: no Ray answers at {recipe.ray.address}; start one or use local") from error
 
 
 def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -130,8 +138,9 @@ async def _run(
     )
     note_data(recipe, rundir, tracker, cast)
     missed = journal.recall(tracker.evaluations(up_to=version))
-    for name in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(name, journal.stop)
+    if version >= steps:
+        log.info("version %d is there already and run.steps is %d: raise it to train on", version, steps)
+    listen(journal)
     buffer = Buffer(
         batch=recipe.loop.batch_prompts,
         staleness=recipe.loop.staleness,
@@ -151,7 +160,25 @@ async def _run(
         )
     finally:
         progress.close()
+    if journal.stopping():
+        log.info("asked to end: saved at version %d of %d; the same command continues", cast.learner.version, steps)
     return journal
+
+
+def listen(journal: RunJournal) -> None:
+    """End in order on SIGTERM or Ctrl-C, and at once on a second Ctrl-C."""
+    loop, running = asyncio.get_running_loop(), asyncio.current_task()
+    assert running is not None
+
+    def interrupt() -> None:
+        if journal.stopping():
+            running.cancel()
+        else:
+            log.info("ending after the current step; Ctrl-C again ends at once")
+            journal.stop()
+
+    loop.add_signal_handler(signal.SIGTERM, journal.stop)
+    loop.add_signal_handler(signal.SIGINT, interrupt)
 
 
 def note_data(recipe: Recipe, rundir: RunDir, tracker: Tracker, cast: Cast) -> None:
@@ -207,5 +234,5 @@ async def _evaluate(recipe: Recipe, model: Path, run_name: str) -> Sequence[Eval
     await all_ready({"evaluator-0": actor.start.remote()}, STARTUP_S)
     try:
         return await group.evaluate(weights_from_directory(model, 0))
-    finally:
-        await call(actor.close.remote(), "closing the evaluator", CLOSE_S)
+    finally:  # what `evaluate` raised says more than an engine that cannot be closed
+        await asyncio.gather(call(actor.close.remote(), "closing the evaluator", CLOSE_S), return_exceptions=True)
