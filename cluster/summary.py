@@ -54,7 +54,8 @@ def samples(recipe: Recipe, finished: Finished) -> str:
         next((result.samples for result in results[version] if result.task == task), ())
         for version in (min(results), max(results))
     )
-    for old, new in list(zip(before, after, strict=True))[:SAMPLES]:
+    # A run that was stopped may have evaluated this task at its first version only.
+    for old, new in list(zip(before, after, strict=False))[:SAMPLES]:
         lines += [f"  prompt  {old['prompt']}", f"  before  {old['completion']}", f"  after   {new['completion']}", ""]
     return "\n".join(lines)
 
