@@ -17,6 +17,7 @@ from ray.cluster_utils import Cluster
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.tiny import tiny_model
+from trainers.checkpoint import find_latest
 from trainers.ledger import Ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -98,7 +99,7 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def test_killed_twice_and_resumed_exactly_once(tmp_path: Path) -> None:
+def test_killed_twice_asked_to_end_and_resumed_exactly_once(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     run = tmp_path / "run"
     first = launch(config)
@@ -117,6 +118,13 @@ def test_killed_twice_and_resumed_exactly_once(tmp_path: Path) -> None:
         lambda: any(p.name.startswith(".tmp-step") for p in checkpoints.iterdir() if p.name not in known), again, config
     )
     kill(again)  # in the middle of writing a checkpoint
+
+    third = launch(config)
+    wait_for(lambda: '"incarnation": 2' in (run / "ledger.jsonl").read_text(), third, config)
+    third.terminate()
+    finish(third, config)  # after it has saved
+    saved = find_latest(checkpoints)
+    assert saved is not None and saved[1]["version"] == len(_lines(run / "ledger.jsonl"))
 
     finish(launch(config), config)
     ledger = Ledger(run / "ledger.jsonl")
