@@ -3,11 +3,11 @@
 import asyncio
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from configs.schema import Recipe
 from trainers.buffer import Take
 from trainers.checkpoint import find_latest
 from trainers.journal import Hands, RunJournal
@@ -25,7 +25,15 @@ class SilentTracker:
         return lambda *args, **kwargs: None
 
 
-def journal_of(where: Path, *, version: int = 0, steps: int = 100, checkpoint_every: int = 4) -> RunJournal:
+def journal_of(
+    where: Path,
+    *,
+    version: int = 0,
+    steps: int = 100,
+    checkpoint_every: int = 4,
+    every: int = 1,
+    at: str = "every",
+) -> RunJournal:
     async def write(path: str) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
         (Path(path) / "state").write_text("weights")
@@ -33,9 +41,14 @@ def journal_of(where: Path, *, version: int = 0, steps: int = 100, checkpoint_ev
     async def gauges() -> Mapping[str, float]:
         return {}
 
-    recipe: Any = SimpleNamespace(
-        run=SimpleNamespace(steps=steps, checkpoint_every=checkpoint_every, keep_checkpoints=2),
-        evaluation=SimpleNamespace(every=1, tasks=["held"], primary="held/gold"),
+    task = {"name": "held", "data": {"path": "x.jsonl"}, "scorers": [{"name": "gold", "function": "a:b"}], "at": at}
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "test", "steps": steps, "checkpoint_every": checkpoint_every},
+            "model": {"path": "m"},
+            "data": {"path": "x.jsonl"},
+            "evaluation": {"every": every, "tasks": [task], "primary": "held/gold"},
+        }
     )
     hands = Hands(save=write, export=write, gauges=gauges, show=lambda *_: None)
     tracker: Any = SilentTracker()
@@ -123,3 +136,12 @@ def test_what_is_queued_is_kept(tmp_path: Path) -> None:
         assert journal_of(tmp_path).recall({}) == [0, 1, 2], "a resume evaluates what was not"
 
     asyncio.run(main())
+
+
+def test_only_versions_with_a_task_are_pinned(tmp_path: Path) -> None:
+    async def pinned(at: str) -> list[int]:
+        journal = journal_of(tmp_path / at, steps=9, every=2, at=at)
+        return [version for version in range(10) if await journal.pin(weights(version))]
+
+    assert asyncio.run(pinned("every")) == [0, 2, 4, 6, 8, 9]
+    assert asyncio.run(pinned("first_middle_last")) == [0, 4, 9]

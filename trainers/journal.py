@@ -14,6 +14,7 @@ from configs.schema import Recipe
 from trainers import checkpoint
 from trainers.batch import rollout_metrics
 from trainers.buffer import Take
+from trainers.evaluations import due_versions, milestones
 from trainers.ledger import Entry, Ledger
 from trainers.pins import Pins, best_version
 from trainers.rundir import RunDir
@@ -143,9 +144,10 @@ class RunJournal:
 
     async def pin(self, weights: Weights) -> bool:
         """Keep the weights of a due version as an HF model until it is evaluated, and after that if it is the best."""
-        settings = self._recipe.evaluation
-        due = weights.version % settings.every == 0 or weights.version == self._recipe.run.steps
-        if not due or not settings.tasks or weights.version in self._evaluated:
+        settings, steps = self._recipe.evaluation, self._recipe.run.steps
+        every_version = any(task.at == "every" for task in settings.tasks)
+        due = due_versions(steps, settings.every) if every_version else milestones(steps, settings.every)
+        if not settings.tasks or weights.version not in due or weights.version in self._evaluated:
             return False
         await self._pins.keep(weights.version, self._hands.export)
         return True
