@@ -5,6 +5,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from configs.schema import SamplingParams
+from trainers.types import Sampling
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
@@ -42,3 +45,16 @@ def sample_seed(run: str, uid: str, sample: int) -> int:
     """Return the 31-bit seed of one sample: a hash, so that neighbouring prompts share no seeds."""
     digest = hashlib.sha256(f"{run}\0{uid}\0{sample}".encode()).digest()
     return int.from_bytes(digest[:4], "big") >> 1
+
+
+def sampling_of(params: SamplingParams) -> Sampling:
+    """Turn the config section into the message."""
+    return Sampling(
+        n=params.n,
+        max_tokens=params.max_tokens,
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        stop=tuple(params.stop),
+        extra=params.extra,
+    )

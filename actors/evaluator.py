@@ -6,7 +6,7 @@ import time
 
 import torch
 
-from actors.engine import EngineOptions
+from actors.engine import EngineOptions, sampling_of
 from actors.generator import Generator
 from actors.reward import ModelComponent, RuleComponent, build
 from configs.errors import UserError
@@ -84,16 +84,7 @@ class EvaluatorActor:
             self._tasks[task.name] = await asyncio.to_thread(prepare, task, tokenizer, self._recipe.model.max_length)
         prompts = self._tasks[task.name].prompts
         scorers = {spec.name: await self._scorer(task, spec.name) for spec in task.scorers}
-        params = task.sampling
-        sampling = Sampling(
-            n=params.n,
-            max_tokens=params.max_tokens,
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            stop=tuple(params.stop),
-            extra=params.extra,
-        )
+        sampling = sampling_of(task.sampling)
         try:
             groups = await asyncio.gather(*(self._generator.generate(prompt, sampling) for prompt in prompts))
             raw = {

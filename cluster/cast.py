@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from actors.engine import EngineOptions
+from actors.engine import EngineOptions, sampling_of
 from actors.evaluator import EvaluatorActor
 from actors.generator import Generator
 from actors.learner import CriticRank, LearnerRank
@@ -20,10 +20,9 @@ from actors.reward import RewardActor
 from actors.weight_sync import NcclGroup, choose_transport
 from cluster.group import Clocks, EvaluatorGroup, GeneratorGroup, LearnerGroup, ScorerGroup, call
 from cluster.placement import Placement, all_ready
-from configs.schema import GeneratorConfig, Recipe, Resources, SamplingParams
+from configs.schema import GeneratorConfig, Recipe, Resources
 from trainers.algorithms import ALGORITHMS
 from trainers.data import PromptStream, load_rows, load_tokenizer
-from trainers.types import Sampling
 
 log = logging.getLogger("headroom")
 STARTUP_S = 900.0
@@ -203,19 +202,6 @@ async def connect_nccl(learner: Any, replicas: Sequence[Any], config: GeneratorC
     group = NcclGroup(master_address=address, master_port=port, world_size=1 + workers * len(replicas))
     joins = [replica.join.remote(group, 1 + i * workers) for i, replica in enumerate(replicas)]
     await asyncio.gather(*(call(c, "nccl rendezvous", STARTUP_S) for c in (learner.connect.remote(group), *joins)))
-
-
-def sampling_of(params: SamplingParams) -> Sampling:
-    """Turn the config section into the message."""
-    return Sampling(
-        n=params.n,
-        max_tokens=params.max_tokens,
-        temperature=params.temperature,
-        top_p=params.top_p,
-        top_k=params.top_k,
-        stop=tuple(params.stop),
-        extra=params.extra,
-    )
 
 
 def engine_options(recipe: Recipe, config: GeneratorConfig, run: str) -> EngineOptions:
