@@ -166,12 +166,11 @@ def test_nothing_is_generated_that_nobody_trains_on() -> None:
 
 
 def test_a_failing_actor_ends_the_run() -> None:
-    world = World(seed=0, straggler=0, failing=0)
+    class Broken(World):
+        async def score(self, group: Group) -> Sequence[dict[str, float]]:
+            raise InfraError("reward actor is gone")
 
-    async def broken(group: Group) -> Sequence[dict[str, float]]:
-        raise InfraError("reward actor is gone")
-
-    world.score = broken  # type: ignore[method-assign]
+    world = Broken(seed=0, straggler=0, failing=0)
     with pytest.raises(ExceptionGroup) as caught:
         play(world, batch=2, staleness=1, steps=3)
     assert caught.value.subgroup(InfraError) is not None

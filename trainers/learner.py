@@ -5,6 +5,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -197,9 +198,9 @@ class Learner:
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, on as many ranks. Raises FileNotFoundError if there is nothing."""
-        extra: Mapping[str, object] = self.engine.load(Path(directory))
-        self.kl.value = float(extra["kl_coefficient"])  # type: ignore[arg-type]
-        self.generator.bit_generator.state = extra["generator"]  # type: ignore[assignment]
+        extra: Mapping[str, Any] = self.engine.load(Path(directory))
+        self.kl.value = float(extra["kl_coefficient"])
+        self.generator.bit_generator.state = extra["generator"]
 
     def export(self, directory: Path) -> None:
         """Write the policy in HF format, with its tokenizer."""

@@ -127,7 +127,8 @@ class ScoreModel(nn.Module):
         places = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (places * attention_mask).argmax(1)
         states = _states(self.hf, input_ids, attention_mask)
-        return self.hf.score(states[torch.arange(len(states), device=states.device), last])[:, 0].float()  # type: ignore[no-any-return]
+        scores: Tensor = self.hf.score(states[torch.arange(len(states), device=states.device), last])
+        return scores[:, 0].float()
 
 
 def load_policy(path: str | Path, dtype: DType) -> PolicyModel:
@@ -191,7 +192,8 @@ def _states(hf: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     output = hf.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     )
-    return output.last_hidden_state  # type: ignore[no-any-return]
+    states: Tensor = output.last_hidden_state
+    return states
 
 
 def _finish(logits: Tensor, config: Any) -> Tensor:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -276,8 +277,8 @@ def load_result(output: str | Path, config_hash: str) -> Result | None:
 
 def training_hash(kind: str, config: Offline, base: str, rows: Rows) -> str:
     """Return a sha256 of everything that decides the trained weights."""
-    places = {"output": True, "engine": {"resources", "threads"}}
-    digest = hashlib.sha256(f"{kind}\n{config.model_dump_json(exclude=places)}\n".encode())  # type: ignore[arg-type]
+    places: Any = {"output": True, "engine": {"resources", "threads"}}
+    digest = hashlib.sha256(f"{kind}\n{config.model_dump_json(exclude=places)}\n".encode())
     files = sorted(p for p in Path(base).glob("*") if p.suffix in (".safetensors", ".json") and p.name != "result.json")
     if not files:
         digest.update(base.encode())

@@ -146,12 +146,12 @@ def import_function(spec: str) -> Callable[..., Any]:
     """Import `module:function`. Raises UserError if there is no such thing."""
     module, _, name = spec.partition(":")
     try:
-        function = getattr(importlib.import_module(module), name)
+        function: Callable[..., Any] = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"function {spec!r}: {error}; give it as module:function, importable from here") from error
     if not callable(function):
         raise UserError(f"function {spec!r}: it is not callable")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 async def _in_daemon_thread(function: Callable[..., Any], *args: Any) -> Any:
