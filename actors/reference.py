@@ -7,6 +7,7 @@ import torch
 
 from actors.batching import Batcher
 from configs.schema import Reference
+from trainers.layout import tree_width
 from trainers.models import DType, completion_logprobs, load_policy
 from trainers.types import Floats, Group, Ints
 
@@ -21,6 +22,7 @@ class ReferenceActor:
             torch.set_num_threads(threads)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = load_policy(path, dtype).to(device).eval()
+        self._width = tree_width(self._model.hf) if reference.share_prompts else None
         self._temperature = temperature
         self._token_budget = reference.token_budget
         self._batcher: Batcher[tuple[Ints, Ints], Floats] = Batcher(self._logprobs)
@@ -40,4 +42,6 @@ class ReferenceActor:
 
     def _logprobs(self, items: Sequence[tuple[Ints, Ints]]) -> list[Floats]:
         prompts, completions = zip(*items, strict=True)
-        return completion_logprobs(self._model, prompts, completions, self._temperature, self._token_budget)
+        return completion_logprobs(
+            self._model, prompts, completions, self._temperature, self._token_budget, width=self._width
+        )

@@ -51,7 +51,13 @@ def build(spec: RewardComponent | EvalScorer, reward: Reward) -> ModelComponent 
     assert spec.model is not None, "the schema lets through components with a model or a function only"
     return ModelComponent(
         spec.name,
-        RewardModel(spec.model, dtype=reward.dtype, max_length=reward.max_length, token_budget=reward.token_budget),
+        RewardModel(
+            spec.model,
+            dtype=reward.dtype,
+            max_length=reward.max_length,
+            token_budget=reward.token_budget,
+            share_prompts=reward.share_prompts,
+        ),
     )
 
 

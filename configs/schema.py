@@ -134,6 +134,7 @@ class Algorithm(Section):
 class Optimizer(Section):
     learning_rate: float = Field(1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -147,6 +148,8 @@ class Engine(Section):
     zero: Literal[0, 1, 2, 3] = 2
     token_budget: int = Field(8192, ge=1)
     """Padded tokens per micro-batch."""
+    share_prompts: bool = True
+    """Send the prompt of several completions through the model once, where the architecture allows it."""
     gradient_checkpointing: bool = False
     offload: bool = False
     """Keep optimizer state (and, under ZeRO 3, parameters) in CPU memory."""
@@ -166,6 +169,8 @@ class Reference(Section):
     path: str | None = None
     """Default: model.path."""
     token_budget: int = Field(16_384, ge=1)
+    share_prompts: bool = True
+    """As the learner's."""
     resources: Resources = Resources()
 
 
@@ -181,6 +186,8 @@ class RewardComponent(Section):
 class Reward(Section):
     components: list[RewardComponent] = []
     token_budget: int = Field(16_384, ge=1)
+    share_prompts: bool = True
+    """As the learner's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     max_length: int = Field(1024, ge=2)
     deadline_s: float = Field(60, gt=0)

@@ -1,6 +1,5 @@
-"""Log-probs, values and scores against the plain HF forward pass, and the plan of micro-batches."""
+"""Log-probs, values and scores against the plain HF forward pass."""
 
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.ranks import VOCABULARY, tiny_policy
-from trainers.microbatch import plan
+from trainers.layout import fields, sequences
 from trainers.models import (
     PolicyModel,
     ScoreModel,
     ValueModel,
     completion_logprobs,
     export,
-    fields,
     load_policy,
     load_sequence_classifier,
-    sequences,
 )
 
 
@@ -74,19 +71,6 @@ def test_completion_logprobs_do_not_depend_on_the_budget(path: str, token_budget
         np.testing.assert_allclose(logprobs, naive(policy.hf, p, c, 1.3)[0].detach().numpy(), atol=2e-5)
 
 
-def test_scores_do_not_depend_on_the_side_of_padding(path: str) -> None:
-    model = ScoreModel(load_sequence_classifier(path, "float32", head="random")).eval()
-    rows = [list(range(3, 3 + n)) for n in (2, 5, 9)]
-    alone = torch.cat([model(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)) for row in rows])
-    for left in (True, False):
-        ids, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
-        for i, row in enumerate(rows):
-            place = slice(12 - len(row), 12) if left else slice(0, len(row))
-            ids[i, place], mask[i, place] = torch.tensor(row), 1
-        torch.testing.assert_close(model(ids, mask), alone, atol=1e-5, rtol=1e-5)
-    assert alone.std() > 0.01
-
-
 def test_a_fresh_critic_is_zero_and_one_from_a_reward_model_reads_its_score(path: str, tmp_path: Path) -> None:
     prompts, completions = texts(2, 3)
     batch = sequences(prompts, completions, "cpu")
@@ -96,8 +80,7 @@ def test_a_fresh_critic_is_zero_and_one_from_a_reward_model_reads_its_score(path
     values = ValueModel(load_sequence_classifier(tmp_path, "float32"))(**fields(batch))
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         for t in range(len(completion)):
-            before = torch.tensor(np.concatenate([prompt, completion[:t]]))[None].long()
-            score = ScoreModel(reward)(before, torch.ones_like(before))[0]
+            score = ScoreModel(reward)(**fields(sequences([prompt], [completion[:t]], "cpu")))[0]
             torch.testing.assert_close(values[row, t], score, atol=1e-5, rtol=1e-5)
 
 
@@ -110,21 +93,3 @@ def test_an_exported_policy_is_the_same_model_with_its_tokenizer(path: str, tmp_
     ids = torch.arange(3, 12)[None]
     torch.testing.assert_close(again(ids).logits, policy.hf(ids).logits)
     assert AutoTokenizer.from_pretrained(tmp_path)("w5 w7")["input_ids"] == [5, 7]
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("token_budget", [1, 50, 10_000])
-def test_micro_batches_cover_all_rows_once_within_the_budget_and_equally_many(ranks: int, token_budget: int) -> None:
-    rng = np.random.default_rng(ranks)
-    for count in (1, 2, 17):
-        lengths = rng.integers(1, 60, 40).tolist()
-        rows = rng.permutation(40)[:count].tolist()
-        planned = plan(rows, lengths, token_budget, ranks)
-        assert len({len(micro_batches) for micro_batches in planned}) == 1 and len(planned) == ranks
-        real = [m for m in chain.from_iterable(planned) if m.counts]
-        assert sorted(chain.from_iterable(m.rows for m in real)) == sorted(rows)
-        for micro in real:
-            padded = len(micro.rows) * max(lengths[row] for row in micro.rows)
-            assert padded <= token_budget or len(micro.rows) == 1
-        shards = [sum(lengths[r] for m in ms if m.counts for r in m.rows) for ms in planned]
-        assert max(shards) - min(shards) <= 60

@@ -9,9 +9,10 @@ from torch import Tensor
 from configs import schema
 from trainers import targets
 from trainers.engine import Process, TrainEngine
+from trainers.layout import fields, tree_width
 from trainers.losses import clipped_value_loss, token_weights
-from trainers.microbatch import MicroBatch, plan
-from trainers.models import ValueModel, export, fields, load_sequence_classifier, sequences
+from trainers.microbatch import MicroBatch
+from trainers.models import ValueModel, export, load_sequence_classifier
 from trainers.types import Batch, Floats
 
 
@@ -38,6 +39,7 @@ class Critic:
             total_steps=updates,
             process=process,
         )
+        self.width = tree_width(self.engine.hf) if recipe.critic.share_prompts else None
         self.generator = np.random.default_rng(recipe.run.seed)
         self.kl = targets.KLCoefficient(config=self.algorithm.kl, value=self.algorithm.kl.coefficient)
 
@@ -45,10 +47,9 @@ class Critic:
         """Return the values (B, T) of the states before each completion token, 0 outside the mask, on all ranks."""
         values = torch.zeros(batch.mask.shape)
         rows = list(range(len(batch.uids)))
-        micro_batches = plan(rows, targets.lengths(batch), self.config.token_budget, self.engine.world_size)
         with torch.no_grad():
-            for micro in micro_batches[self.engine.rank]:
-                predicted = self._forward(batch, list(micro.rows))
+            for micro in self._plan(batch, rows):
+                predicted = self._forward(batch, micro)
                 if micro.counts:
                     values[list(micro.rows)] = predicted.cpu()
         gathered: Floats = self.engine.all_sum(values).numpy()
@@ -85,25 +86,22 @@ class Critic:
 
         def loss_fn(micro: MicroBatch) -> Tensor:
             rows = list(micro.rows)
-            values = self._forward(batch, rows)
+            values = self._forward(batch, micro)
             here = [tensor[rows].to(values.device) for tensor in (old, returns, weights)]
             loss = clipped_value_loss(values, here[0], here[1], clip=self.algorithm.value_clip)
             total = (loss * here[2]).sum() * micro.counts
             shares.append(float(total.detach()))
             return total
 
-        micro_batches = plan(rows, targets.lengths(batch), self.config.token_budget, self.engine.world_size)
-        norm = self.engine.step(micro_batches[self.engine.rank], loss_fn)
+        norm = self.engine.step(self._plan(batch, rows), loss_fn)
         return sum(shares), norm
 
-    def _forward(self, batch: Batch, rows: list[int]) -> Tensor:
-        inputs = sequences(
-            [batch.prompt_ids[row] for row in rows],
-            targets.completions(batch, rows),
-            self.engine.device,
-            width=batch.mask.shape[1],
-        )
-        predicted: Tensor = self.engine.model(**fields(inputs))
+    def _plan(self, batch: Batch, rows: list[int]) -> list[MicroBatch]:
+        ranks = self.engine.world_size
+        return targets.plan(batch, rows, self.config.token_budget, ranks, width=self.width)[self.engine.rank]
+
+    def _forward(self, batch: Batch, micro: MicroBatch) -> Tensor:
+        predicted: Tensor = self.engine.model(**fields(targets.inputs(batch, micro, self.engine.device)))
         return predicted
 
     def save(self, directory: Path) -> None:

@@ -102,6 +102,7 @@ def deepspeed_config(config: schema.Engine, dtype: Literal["float32", "bfloat16"
         "fused": True,
         "lr": optimizer.learning_rate,
         "betas": list(optimizer.betas),
+        "eps": optimizer.eps,
         "weight_decay": optimizer.weight_decay,
     }
     # Many micro-batches add up in fp32; DeepSpeed can do that from stage 2 on.

@@ -14,9 +14,10 @@ from torch import Tensor
 from configs import schema
 from trainers import targets
 from trainers.engine import Process, TrainEngine, random_state
+from trainers.layout import fields, tree_width
 from trainers.losses import behaviour_weights, clipped_surrogate, kl_estimate, token_weights
-from trainers.microbatch import MicroBatch, plan
-from trainers.models import completion_logprobs, export, fields, load_policy, sequences
+from trainers.microbatch import MicroBatch
+from trainers.models import completion_logprobs, export, load_policy
 from trainers.types import Batch, Floats, Ints, StepStats
 
 
@@ -59,6 +60,7 @@ class Learner:
             total_steps=updates,
             process=process,
         )
+        self.width = tree_width(self.engine.hf) if recipe.learner.share_prompts else None
         self.generator = np.random.default_rng(recipe.run.seed)
         self.kl = targets.KLCoefficient(config=self.algorithm.kl, value=self.algorithm.kl.coefficient)
 
@@ -85,7 +87,7 @@ class Learner:
 
         def loss_fn(micro: MicroBatch) -> Tensor:
             rows = list(micro.rows)
-            logprobs, entropy = self._forward(batch, rows)
+            logprobs, entropy = self._forward(batch, micro)
             old = trained.old[rows].to(logprobs.device) if several_updates else logprobs.detach()
             mask = torch.tensor(batch.mask[rows], device=logprobs.device)
             loss, clipped, weight = self._token_losses(batch, rows, logprobs, old, mask, advantages[rows])
@@ -103,8 +105,7 @@ class Learner:
                     trained.sums[name] += float(value.detach().sum())
             return total
 
-        micro_batches = plan(rows, targets.lengths(batch), self.config.token_budget, self.engine.world_size)
-        trained.grad_norms.append(self.engine.step(micro_batches[self.engine.rank], loss_fn))
+        trained.grad_norms.append(self.engine.step(self._plan(batch, rows), loss_fn))
 
     def _token_losses(
         self, batch: Batch, rows: list[int], logprobs: Tensor, old: Tensor, mask: Tensor, advantages: Tensor
@@ -126,13 +127,12 @@ class Learner:
             weight = behaviour_weights(old, behaviour, mask, cap=config.behaviour_cap)
         return loss * weight, clipped, weight
 
-    def _forward(self, batch: Batch, rows: list[int]) -> tuple[Tensor, Tensor]:
-        inputs = sequences(
-            [batch.prompt_ids[row] for row in rows],
-            targets.completions(batch, rows),
-            self.engine.device,
-            width=batch.mask.shape[1],
-        )
+    def _plan(self, batch: Batch, rows: list[int]) -> list[MicroBatch]:
+        ranks = self.engine.world_size
+        return targets.plan(batch, rows, self.config.token_budget, ranks, width=self.width)[self.engine.rank]
+
+    def _forward(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        inputs = targets.inputs(batch, micro, self.engine.device)
         logprobs, entropy = self.engine.model(**fields(inputs), temperature=self.temperature)
         return logprobs, entropy
 
@@ -140,10 +140,9 @@ class Learner:
         """Compute the log-probs of the whole batch before any update, each rank its share."""
         old = torch.zeros(batch.mask.shape)
         rows = list(range(len(batch.uids)))
-        micro_batches = plan(rows, targets.lengths(batch), self.config.token_budget, self.engine.world_size)
         with torch.no_grad():
-            for micro in micro_batches[self.engine.rank]:
-                logprobs, _ = self._forward(batch, list(micro.rows))
+            for micro in self._plan(batch, rows):
+                logprobs, _ = self._forward(batch, micro)
                 if micro.counts:
                     old[list(micro.rows)] = logprobs.cpu()
         return _Trained(old=self.engine.all_sum(old), seen=torch.ones(len(rows)))

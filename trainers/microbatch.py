@@ -1,50 +1,129 @@
 """How the rollouts of a minibatch are dealt to ranks and packed into micro-batches: pure, alike on every rank."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
+
+from trainers.types import Ints
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Rollouts that lie in one row of a forward pass behind the prompt that they share."""
+
+    rows: tuple[int, ...]
+    length: int  # tokens of the row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Rows that go through the model together."""
+    """Rollouts that go through the model together."""
 
-    rows: tuple[int, ...]
+    rows: tuple[int, ...]  # those of the first bundle first
+    bundles: tuple[int, ...]  # rollouts in each
     counts: bool = True  # false: only keeps this rank in step with the others; its loss has weight 0
 
 
-def deal(rows: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    """Split `rows` over `ranks` so that each gets about the same number and tokens: longest first, there and back.
+def bundle(
+    rows: Sequence[int],
+    prompt_ids: Sequence[Ints],
+    lengths: Sequence[int],
+    token_budget: int,
+    ranks: int = 1,
+    *,
+    width: int | None = None,
+) -> list[Bundle]:
+    """Put rollouts of the same prompt into bundles.
 
-    `lengths[row]` in tokens. The shards are disjoint and cover `rows`.
+    prompt_ids[row] (P,) and lengths[row], its completion's tokens. width: hidden size of a model that can read
+    bundles; None: one rollout each.
+    """
+    if width is None:
+        return [Bundle(rows=(row,), length=len(prompt_ids[row]) + lengths[row]) for row in rows]
+    families: dict[bytes, list[int]] = {}
+    for row in rows:
+        families.setdefault(np.asarray(prompt_ids[row], np.int64).tobytes(), []).append(row)
+    # Each rank is to have several, or one long bundle would make the others wait.
+    most = token_budget if ranks == 1 else sum(len(prompt_ids[row]) + lengths[row] for row in rows) // (4 * ranks)
+    bundles = []
+    for family in families.values():
+        prompt = len(prompt_ids[family[0]])
+        completion = sum(lengths[row] for row in family) / len(family)
+        limit = min(most, token_budget, prompt + best_branches(prompt, completion, width) * completion)
+        bundles += _split(family, prompt, lengths, limit)
+    return bundles
+
+
+def _split(family: Sequence[int], prompt: int, lengths: Sequence[int], limit: float) -> list[Bundle]:
+    parts: list[list[int]] = []
+    room = 0.0
+    for row in family:
+        if not parts or lengths[row] > room:
+            parts.append([])
+            room = limit - prompt
+        parts[-1].append(row)
+        room -= lengths[row]
+    return [Bundle(rows=tuple(part), length=prompt + sum(lengths[row] for row in part)) for part in parts]
+
+
+def best_branches(prompt: int, completion: float, width: int) -> float:
+    """Return how many completions of a prompt, all lengths in tokens, cost least per completion in one bundle.
+
+    A layer of hidden size h costs 24 h^2 per token and, behind a mask, 4 h per pair of tokens, so m completions of
+    length T behind a prompt of length P cost (6 h L + L^2) / m each, L = P + m T, in units of 4 h: least at
+    m = sqrt(P (6 h + P)) / T. Prompts of length 1 are not worth sharing.
+    """
+    return math.sqrt(prompt * (6 * width + prompt)) / max(completion, 1)
+
+
+def deal(items: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[int]]:
+    """Split `items` over `ranks` so that each gets about the same number and tokens: longest first, there and back.
+
+    `lengths[item]` in tokens. The shards are disjoint and cover `items`.
     """
     shards: list[list[int]] = [[] for _ in range(ranks)]
-    for place, row in enumerate(_longest_first(rows, lengths)):
+    for place, item in enumerate(_longest_first(items, lengths)):
         lap, seat = divmod(place, ranks)
-        shards[seat if lap % 2 == 0 else ranks - 1 - seat].append(row)
+        shards[seat if lap % 2 == 0 else ranks - 1 - seat].append(item)
     return shards
 
 
-def pack(rows: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[tuple[int, ...]]:
-    """Group `rows` of like length so that each group's padded size stays within `token_budget`, longest first.
+def pack(items: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[tuple[int, ...]]:
+    """Group `items` of like length so that each group's padded size stays within `token_budget`, longest first.
 
-    A row longer than the budget is a group of its own.
+    An item longer than the budget is a group of its own.
     """
     groups: list[list[int]] = []
-    for row in _longest_first(rows, lengths):
+    for item in _longest_first(items, lengths):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= token_budget:
-            groups[-1].append(row)
+            groups[-1].append(item)
         else:
-            groups.append([row])
+            groups.append([item])
     return [tuple(group) for group in groups]
 
 
-def plan(rows: Sequence[int], lengths: Sequence[int], token_budget: int, ranks: int) -> list[list[MicroBatch]]:
+def plan(bundles: Sequence[Bundle], token_budget: int, ranks: int = 1) -> list[list[MicroBatch]]:
     """Return the micro-batches of each rank, equally many on all: with ZeRO every forward is a collective."""
-    packed = [pack(shard, lengths, token_budget) for shard in deal(rows, lengths, ranks)]
+    lengths = [one.length for one in bundles]
+    packed = [pack(shard, lengths, token_budget) for shard in deal(range(len(bundles)), lengths, ranks)]
     number = max(map(len, packed))
-    filler = MicroBatch(rows=(min(rows, key=lambda row: lengths[row]),), counts=False)
-    return [[MicroBatch(rows=group) for group in groups] + [filler] * (number - len(groups)) for groups in packed]
+    shortest = min(bundles, key=lambda one: one.length)
+    filler = _micro_batch([shortest], counts=False)
+    return [
+        [_micro_batch([bundles[i] for i in group]) for group in groups] + [filler] * (number - len(groups))
+        for groups in packed
+    ]
 
 
-def _longest_first(rows: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    return sorted(rows, key=lambda row: (-lengths[row], row))
+def _micro_batch(bundles: Sequence[Bundle], *, counts: bool = True) -> MicroBatch:
+    return MicroBatch(
+        rows=tuple(row for one in bundles for row in one.rows),
+        bundles=tuple(len(one.rows) for one in bundles),
+        counts=counts,
+    )
+
+
+def _longest_first(items: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    return sorted(items, key=lambda item: (-lengths[item], item))

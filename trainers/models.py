@@ -1,7 +1,6 @@
 """The networks: HF models wrapped to return exactly what a loss needs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,44 +11,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from trainers.microbatch import pack
+from trainers.layout import fields, sequences
+from trainers.microbatch import bundle, plan
 from trainers.types import Floats, Ints
 
 DType = Literal["float32", "bfloat16"]
 LOGITS_PER_CHUNK = 2**24  # 64 MB of fp32 logits at a time
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sequences:
-    """b prompts with their completions, padded on the right to L tokens; completions to T tokens."""
-
-    input_ids: Tensor  # (b, L)
-    attention_mask: Tensor  # (b, L)
-    positions: Tensor  # (b, T) index in L of the state before each completion token
-    targets: Tensor  # (b, T) completion tokens
-    mask: Tensor  # (b, T) true on completion tokens
-
-
-def sequences(
-    prompt_ids: Sequence[Ints], completion_ids: Sequence[Ints], device: torch.device | str, *, width: int | None = None
-) -> Sequences:
-    """Put b prompts (P_i,) and completions (T_i,) into one padded batch; `width` sets T, by default the longest."""
-    lengths = [len(ids) for ids in completion_ids]
-    rows = [np.concatenate([p, c]) for p, c in zip(prompt_ids, completion_ids, strict=True)]
-    input_ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    targets = torch.zeros(len(rows), max(lengths) if width is None else width, dtype=torch.long)
-    for i, (row, completion) in enumerate(zip(rows, completion_ids, strict=True)):
-        input_ids[i, : len(row)] = torch.from_numpy(row)
-        attention_mask[i, : len(row)] = 1
-        targets[i, : len(completion)] = torch.from_numpy(np.asarray(completion))
-    steps = torch.arange(targets.shape[1])
-    mask = steps[None, :] < torch.tensor(lengths)[:, None]
-    starts = torch.tensor([len(p) - 1 for p in prompt_ids])[:, None]
-    positions = torch.where(mask, starts + steps, 0)
-    tensors = (input_ids, attention_mask, positions, targets, mask)
-    names = ("input_ids", "attention_mask", "positions", "targets", "mask")
-    return Sequences(**{name: tensor.to(device) for name, tensor in zip(names, tensors, strict=True)})
 
 
 class PolicyModel(nn.Module):
@@ -63,8 +30,11 @@ class PolicyModel(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
+        position_ids: Tensor,
         attention_mask: Tensor,
+        rows: Tensor,
         positions: Tensor,
+        last: Tensor,
         targets: Tensor,
         mask: Tensor,
         temperature: float = 1.0,
@@ -73,12 +43,12 @@ class PolicyModel(nn.Module):
 
         0 outside the mask. Logits exist for a chunk of tokens at a time only; the backward pass computes them again.
         """
-        states = _states(self.hf, input_ids, attention_mask)
-        hidden = states[torch.arange(len(states), device=states.device)[:, None], positions][mask]
+        states = _states(self.hf, input_ids, position_ids, attention_mask)
+        hidden = states[rows[:, None], positions][mask]
         wanted = targets[mask]
         size = max(1, self.logits_per_chunk // self.hf.config.get_text_config().vocab_size)
         parts = []
-        for start in range(0, len(hidden), size):
+        for start in range(0, max(len(hidden), 1), size):  # once even if all completions are empty
             chunk = (hidden[start : start + size], wanted[start : start + size], temperature)
             if torch.is_grad_enabled():
                 parts.append(checkpoint(self._score, *chunk, use_reentrant=False))
@@ -107,27 +77,43 @@ class ValueModel(nn.Module):
         self.hf = hf
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, targets: Tensor, mask: Tensor
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        last: Tensor,
+        targets: Tensor,
+        mask: Tensor,
     ) -> Tensor:
         """Return the value (b, T) of the state before each completion token, 0 outside the mask."""
-        states = _states(self.hf, input_ids, attention_mask)
-        hidden = states[torch.arange(len(states), device=states.device)[:, None], positions]
+        states = _states(self.hf, input_ids, position_ids, attention_mask)
+        hidden = states[rows[:, None], positions]
         return torch.where(mask, self.hf.score(hidden)[..., 0].float(), 0.0)
 
 
 class ScoreModel(nn.Module):
-    """An HF sequence-classification model with one output, read at the last real token of each row."""
+    """An HF sequence-classification model with one output, read at the last token of each sequence."""
 
     def __init__(self, hf: Any) -> None:
         super().__init__()
         self.hf = hf
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return one score per row (b,). input_ids and attention_mask (b, L), padded on either side."""
-        places = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (places * attention_mask).argmax(1)
-        states = _states(self.hf, input_ids, attention_mask)
-        scores: Tensor = self.hf.score(states[torch.arange(len(states), device=states.device), last])
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        last: Tensor,
+        targets: Tensor,
+        mask: Tensor,
+    ) -> Tensor:
+        """Return one score per sequence (b,)."""
+        states = _states(self.hf, input_ids, position_ids, attention_mask)
+        scores: Tensor = self.hf.score(states[rows, last])
         return scores[:, 0].float()
 
 
@@ -164,31 +150,34 @@ def export(hf: Any, state: dict[str, Tensor], directory: str | Path, tokenizer_f
 
 @torch.no_grad()
 def completion_logprobs(
-    model: nn.Module, prompt_ids: Sequence[Ints], completion_ids: Sequence[Ints], temperature: float, token_budget: int
+    model: nn.Module,
+    prompt_ids: Sequence[Ints],
+    completion_ids: Sequence[Ints],
+    temperature: float,
+    token_budget: int,
+    *,
+    width: int | None = None,
 ) -> list[Floats]:
     """Return the log-probs (T_i,) of each completion under a PolicyModel, or an engine around one.
 
-    token_budget in padded tokens of one forward pass.
+    token_budget in padded tokens of one forward pass; width as `layout.tree_width` gives it: prompts are shared.
     """
     device = next(model.parameters()).device
-    lengths = [len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True)]
+    lengths = [len(completion) for completion in completion_ids]
     result: list[Floats] = [np.zeros(0, np.float32)] * len(lengths)
-    for rows in pack(range(len(lengths)), lengths, token_budget):
-        batch = sequences([prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device)
+    bundles = bundle(range(len(lengths)), prompt_ids, lengths, token_budget, width=width)
+    for micro in plan(bundles, token_budget)[0]:
+        rows = micro.rows
+        batch = sequences(
+            [prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device, bundles=micro.bundles
+        )
         logprobs, _ = model(**fields(batch), temperature=temperature)
         for row, values in zip(rows, logprobs.cpu().numpy(), strict=True):
             result[row] = values[: len(completion_ids[row])]
     return result
 
 
-def fields(batch: Sequences) -> dict[str, Tensor]:
-    """Return the tensors of `batch` by name, as the models take them."""
-    return {name: getattr(batch, name) for name in Sequences.__slots__}
-
-
-def _states(hf: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    # Positions from the mask, so that padding on the left changes nothing.
-    position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
+def _states(hf: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
     output = hf.base_model(
         input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
     )

@@ -21,8 +21,9 @@ from transformers import AutoTokenizer
 from configs.errors import UserError
 from configs.schema import Offline
 from trainers.engine import Process, TrainEngine
-from trainers.microbatch import MicroBatch, plan
-from trainers.models import ScoreModel, export, fields, load_policy, load_sequence_classifier, sequences
+from trainers.layout import fields, sequences, tree_width
+from trainers.microbatch import Bundle, MicroBatch, plan
+from trainers.models import ScoreModel, export, load_policy, load_sequence_classifier
 from trainers.types import Ints
 
 Log = Callable[[str], None]
@@ -95,8 +96,13 @@ def _update(engine: TrainEngine, objective: Objective, rows: list[int], token_bu
         shares.append(share.detach())
         return share
 
-    engine.step(plan(rows, objective.lengths, token_budget, engine.world_size)[engine.rank], loss_fn)
+    engine.step(_plan(engine, objective, rows, token_budget), loss_fn)
     return float(engine.all_sum(torch.stack(shares).sum()))
+
+
+def _plan(engine: TrainEngine, objective: Objective, rows: Sequence[int], token_budget: int) -> list[MicroBatch]:
+    bundles = [Bundle(rows=(row,), length=objective.lengths[row]) for row in rows]
+    return plan(bundles, token_budget, engine.world_size)[engine.rank]
 
 
 @torch.no_grad()
@@ -105,7 +111,7 @@ def evaluate(engine: TrainEngine, objective: Objective, rows: Sequence[int], tok
     if not rows:
         return math.nan, 0
     sums = torch.zeros(2, dtype=torch.float64)
-    for micro in plan(rows, objective.lengths, token_budget, engine.world_size)[engine.rank]:
+    for micro in _plan(engine, objective, rows, token_budget):
         losses, correct = objective.losses(engine.model, micro.rows)
         sums += torch.tensor([losses.double().sum(), correct.sum()], dtype=torch.float64) * micro.counts
     loss, right = engine.all_sum(sums).tolist()
@@ -127,30 +133,26 @@ def sft_objective(rows: Rows) -> Objective:
     )
 
 
-def preference_objective(rows: Rows) -> Objective:
+def preference_objective(rows: Rows, *, tree: bool) -> Objective:
     """-log sigmoid(score of chosen - score of rejected). rows: (chosen (C,), rejected (R,)).
 
-    Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 with one pair per prompt.
+    tree: both lie in one row behind what they share at the start. Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 with
+    one pair per prompt.
     """
 
+    shared = [_shared(a, b) for a, b in rows]
+
     def losses(model: nn.Module, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        texts = [rows[i][0] for i in chosen] + [rows[i][1] for i in chosen]
-        device = next(model.parameters()).device
-        input_ids, attention_mask = pad_right(texts)
-        better, worse = model(input_ids.to(device), attention_mask.to(device)).chunk(2)
+        prompts = [rows[i][0][: shared[i]] for i in chosen for _ in range(2)]
+        rests = [text[shared[i] :] for i in chosen for text in rows[i]]
+        batch = sequences(prompts, rests, next(model.parameters()).device, bundles=[2] * len(chosen) if tree else None)
+        better, worse = model(**fields(batch)).view(-1, 2).unbind(1)
         return -F.logsigmoid(better - worse), (better > worse).float()
 
-    return Objective(lengths=[2 * max(len(a), len(b)) for a, b in rows], weights=[1.0] * len(rows), losses=losses)
-
-
-def pad_right(texts: Sequence[Ints]) -> tuple[Tensor, Tensor]:
-    """Return input_ids and attention_mask (b, L) of texts (L_i,)."""
-    input_ids = torch.zeros(len(texts), max(map(len, texts)), dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, text in enumerate(texts):
-        input_ids[i, : len(text)] = torch.from_numpy(np.asarray(text))
-        attention_mask[i, : len(text)] = 1
-    return input_ids, attention_mask
+    lengths = [
+        len(a) + len(b) - both if tree else 2 * max(len(a), len(b)) for (a, b), both in zip(rows, shared, strict=True)
+    ]
+    return Objective(lengths=lengths, weights=[1.0] * len(rows), losses=losses)
 
 
 def train_sft(
@@ -202,7 +204,6 @@ def _train(
     holdout = [i for i, key in enumerate(keys) if key in held]
     if not train:
         raise UserError(f"{config.output}: none of {len(rows)} rows is left to train on; lower holdout or add rows")
-    objective = sft_objective(rows) if kind == "sft" else preference_objective(rows)
     budget = config.engine.token_budget
     engine = TrainEngine(
         _model(kind, base, config),
@@ -211,6 +212,8 @@ def _train(
         total_steps=config.epochs * math.ceil(len(train) / config.batch),
         process=process,
     )
+    tree = config.engine.share_prompts and tree_width(engine.hf) is not None
+    objective = sft_objective(rows) if kind == "sft" else preference_objective(rows, tree=tree)
     before, _ = evaluate(engine, objective, holdout, budget)
     steps = fit(
         engine,
@@ -277,7 +280,7 @@ def load_result(output: str | Path, config_hash: str) -> Result | None:
 
 def training_hash(kind: str, config: Offline, base: str, rows: Rows) -> str:
     """Return a sha256 of everything that decides the trained weights."""
-    places: Any = {"output": True, "engine": {"resources", "threads"}}
+    places: Any = {"output": True, "engine": {"resources", "threads", "share_prompts"}}
     digest = hashlib.sha256(f"{kind}\n{config.model_dump_json(exclude=places)}\n".encode())
     files = sorted(p for p in Path(base).glob("*") if p.suffix in (".safetensors", ".json") and p.name != "result.json")
     if not files:

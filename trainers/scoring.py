@@ -4,19 +4,22 @@ import asyncio
 import importlib
 import inspect
 import math
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from configs.errors import UserError
 from configs.rows import prompt_text
 from trainers.data import conversation_ids
-from trainers.microbatch import pack
+from trainers.layout import fields, sequences, tree_width
+from trainers.microbatch import bundle, pack, plan
 from trainers.models import DType, ScoreModel, load_sequence_classifier
 from trainers.types import DataError, Message, Prompt
 
@@ -43,6 +46,7 @@ class RewardModel:
         max_length: int = 1024,
         token_budget: int = 16_384,
         device: str | None = None,
+        share_prompts: bool = True,
     ) -> None:
         config = AutoConfig.from_pretrained(path)
         if config.num_labels != 1:
@@ -56,34 +60,59 @@ class RewardModel:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         hf = load_sequence_classifier(path, dtype)
         # Encoders pool with a head of their own; decoders are read at the last real token, as they were trained.
-        self.model: torch.nn.Module = ScoreModel(hf) if hasattr(hf, "score") else hf
+        self.decoder = hasattr(hf, "score")
+        self.model: torch.nn.Module = ScoreModel(hf) if self.decoder else hf
+        self.width = tree_width(hf) if self.decoder and share_prompts else None
         self.model.to(self.device).eval()
         self.pad_id = config.get_text_config().pad_token_id or 0
 
+    @torch.inference_mode()
     def score(self, items: Sequence[Judged]) -> list[float]:
-        """Return one raw score per item; it does not depend on what else is in the batch."""
-        sequences = [
-            conversation_ids(self.tokenizer, item.messages, item.completion, self.max_length) for item in items
-        ]
+        """Return one raw score per item; up to rounding it does not depend on what else is in the batch."""
+        texts = [conversation_ids(self.tokenizer, item.messages, item.completion, self.max_length) for item in items]
+        return self._decode(items, texts) if self.decoder else self._encode(texts)
+
+    def _decode(self, items: Sequence[Judged], texts: Sequence[Sequence[int]]) -> list[float]:
+        shared = _shared_lengths([prompt_text(item.messages) for item in items], texts)
+        prompts = [np.array(text[:n], np.int32) for text, n in zip(texts, shared, strict=True)]
+        rests = [np.array(text[n:], np.int32) for text, n in zip(texts, shared, strict=True)]
+        lengths = [len(rest) for rest in rests]
         scores = [math.nan] * len(items)
-        for batch in pack(range(len(items)), [len(ids) for ids in sequences], self.token_budget):
-            for index, value in zip(batch, self._forward([sequences[i] for i in batch]), strict=True):
+        bundles = bundle(range(len(items)), prompts, lengths, self.token_budget, width=self.width)
+        for micro in plan(bundles, self.token_budget)[0]:
+            chosen = [prompts[i] for i in micro.rows], [rests[i] for i in micro.rows]
+            values = self.model(**fields(sequences(*chosen, self.device, bundles=micro.bundles)))
+            for index, value in zip(micro.rows, values.float().tolist(), strict=True):
                 scores[index] = value
         return scores
 
-    @torch.inference_mode()
-    def _forward(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        # Padded to the right whatever the tokenizer prefers: then positions need no correction.
-        width = max(map(len, sequences))
-        ids = torch.full((len(sequences), width), self.pad_id, dtype=torch.long)
-        mask = torch.zeros((len(sequences), width), dtype=torch.long)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)] = torch.tensor(sequence)
-            mask[row, : len(sequence)] = 1
-        output = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device))
-        scores = output if isinstance(output, torch.Tensor) else output.logits[:, 0]
-        values: list[float] = scores.float().tolist()
-        return values
+    def _encode(self, texts: Sequence[Sequence[int]]) -> list[float]:
+        scores = [math.nan] * len(texts)
+        for batch in pack(range(len(texts)), [len(text) for text in texts], self.token_budget):
+            # Padded to the right whatever the tokenizer prefers: then positions need no correction.
+            width = max(len(texts[i]) for i in batch)
+            ids = torch.full((len(batch), width), self.pad_id, dtype=torch.long)
+            mask = torch.zeros((len(batch), width), dtype=torch.long)
+            for row, i in enumerate(batch):
+                ids[row, : len(texts[i])] = torch.tensor(texts[i])
+                mask[row, : len(texts[i])] = 1
+            values = self.model(input_ids=ids.to(self.device), attention_mask=mask.to(self.device)).logits[:, 0]
+            for index, value in zip(batch, values.float().tolist(), strict=True):
+                scores[index] = value
+        return scores
+
+
+def _shared_lengths(conversations: Sequence[str], texts: Sequence[Sequence[int]]) -> list[int]:
+    """Return how many tokens at its start each text has in common with all those of the same conversation."""
+    families: dict[str, list[int]] = {}
+    for i, conversation in enumerate(conversations):
+        families.setdefault(conversation, []).append(i)
+    shared = [0] * len(texts)
+    for family in families.values():
+        common = len(os.path.commonprefix([list(texts[i]) for i in family]))
+        for i in family:
+            shared[i] = max(common, 1)
+    return shared
 
 
 class RuleFunction:

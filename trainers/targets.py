@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from configs import schema
+from trainers import microbatch
 from trainers.algorithms import ALGORITHMS, AdvantageInputs, AdvantageOutputs
 from trainers.kl import adapt
+from trainers.layout import Sequences, sequences
 from trainers.losses import kl_estimate
+from trainers.microbatch import MicroBatch, bundle
 from trainers.types import Batch, Floats
 
 
@@ -67,14 +70,22 @@ def minibatches(batch: Batch, epochs: int, number: int, generator: np.random.Gen
             yield [int(row) for row in part]
 
 
-def lengths(batch: Batch) -> list[int]:
-    """Return prompt and completion tokens of each rollout."""
-    return [len(prompt) + int(n) for prompt, n in zip(batch.prompt_ids, batch.mask.sum(1), strict=True)]
+def plan(batch: Batch, rows: list[int], token_budget: int, ranks: int, *, width: int | None) -> list[list[MicroBatch]]:
+    """Return the micro-batches of each rank for the rollouts `rows`; width as `layout.tree_width` gives it."""
+    lengths = [int(n) for n in batch.mask.sum(1)]
+    bundles = bundle(rows, batch.prompt_ids, lengths, token_budget, ranks, width=width)
+    return microbatch.plan(bundles, token_budget, ranks)
 
 
-def completions(batch: Batch, rows: list[int] | tuple[int, ...]) -> list[np.ndarray[tuple[int], np.dtype[np.int32]]]:
-    """Return the completion tokens (T_i,) of `rows`, without padding."""
-    return [batch.completion_ids[row][batch.mask[row]] for row in rows]
+def inputs(batch: Batch, micro: MicroBatch, device: torch.device) -> Sequences:
+    """Return the rollouts of a micro-batch as a model takes them, T being that of the whole batch."""
+    return sequences(
+        [batch.prompt_ids[row] for row in micro.rows],
+        [batch.completion_ids[row][batch.mask[row]] for row in micro.rows],
+        device,
+        bundles=micro.bundles,
+        width=batch.mask.shape[1],
+    )
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> float | None:
