@@ -4,17 +4,17 @@ import importlib.util
 import math
 import os
 import shutil
-from pathlib import Path
 
 from configs.errors import UserError
+from configs.hardware import gpus
 from configs.schema import Recipe
 from configs.seats import seats
 
 
 def check_machine(recipe: Recipe, *, vllm: bool, deepspeed: bool, actors: bool) -> None:
     """Raise UserError for a missing package or compiler, or, with `actors`, too few CPUs or GPUs for them."""
-    gpus = recipe.generator.resources.gpus + recipe.learner.resources.gpus
-    extra, target = ("gpu", "make gpu") if gpus else ("cpu", "make test")
+    asked = recipe.generator.resources.gpus + recipe.learner.resources.gpus
+    extra, target = ("gpu", "make gpu") if asked else ("cpu", "make test")
     for package, needed in {"vllm": vllm, "deepspeed": deepspeed}.items():
         if needed and importlib.util.find_spec(package) is None:
             raise UserError(f'{package} is not installed; type {target}, or pip install -e ".[{extra}]"')
@@ -29,7 +29,7 @@ def check_machine(recipe: Recipe, *, vllm: bool, deepspeed: bool, actors: bool) 
 
 
 def _check_capacity(recipe: Recipe) -> None:
-    there = {"cpus": os.cpu_count() or 1, "gpus": _gpus()}
+    there = {"cpus": os.cpu_count() or 1, "gpus": gpus()}
     for kind, available in there.items():
         asked = {seat.name: getattr(seat.resources, kind) for seat in seats(recipe)}
         total = math.fsum(asked.values())
@@ -39,10 +39,3 @@ def _check_capacity(recipe: Recipe) -> None:
                 f"not enough {kind.upper()[:-1]}s: the actors ask for {total:g} ({shares}) and this machine has "
                 f"{available}; lower *.resources.{kind} or replicas, or set ray.address to a cluster"
             )
-
-
-def _gpus() -> int:
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
-    return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))

@@ -4,7 +4,7 @@ import types
 from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, WithJsonSchema
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -31,7 +31,7 @@ def _section(model: type[BaseModel], title: str, done: set[type[BaseModel]]) -> 
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     for name, field in model.model_fields.items():
         text = " ".join((field.description or "").split())
-        yield f"| `{name}` | {_type(field.annotation)}{_bounds(field)} | {_default(field)} | {_cell(text)} |"
+        yield f"| `{name}` | {_choices(field) or _type(field.annotation)}{_bounds(field)} | {_default(field)} | {_cell(text)} |"
     yield ""
     for field in model.model_fields.values():
         for inner in _models(field.annotation):
@@ -44,6 +44,12 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield annotation
     for arg in get_args(annotation):
         yield from _models(arg)
+
+
+def _choices(field: FieldInfo) -> str:
+    """Return the values that a field takes beside those of its type, which are settled when it is read."""
+    schemas = [item.json_schema for item in field.metadata if isinstance(item, WithJsonSchema) and item.json_schema]
+    return " \\| ".join(f"`{value}`" for schema in schemas for value in schema["enum"])
 
 
 def _type(annotation: Any) -> str:

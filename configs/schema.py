@@ -3,12 +3,20 @@
 Imports neither torch, ray nor vllm: a recipe is checked before anything heavy starts.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
 from configs.algorithms import FACTS
 from configs.errors import UserError
+from configs.hardware import fast_dtype
+
+# `auto` is settled when the recipe is read: whatever runs or resumes later has the same type.
+DType = Annotated[
+    Literal["float32", "bfloat16"],
+    BeforeValidator(lambda value: fast_dtype() if value == "auto" else value),
+    WithJsonSchema({"enum": ["float32", "bfloat16", "auto"], "type": "string"}),
+]
 
 
 class Section(BaseModel):
@@ -38,7 +46,8 @@ class Resources(Section):
 class Model(Section):
     path: str
     """Local directory or public model id, in HF format."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: DType = "bfloat16"
+    """auto: bfloat16 where the machine that reads the recipe has GPUs or CPU instructions for it, else float32."""
     max_length: int = Field(1024, ge=2)
     """Context: prompt and completion tokens together."""
 
@@ -188,7 +197,7 @@ class Reward(Section):
     token_budget: int = Field(16_384, ge=1)
     share_prompts: bool = True
     """As the learner's."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
     max_length: int = Field(1024, ge=2)
     deadline_s: float = Field(60, gt=0)
     """For one call of a reward function."""
@@ -265,7 +274,7 @@ class Offline(Section):
     max_length: int = Field(512, ge=2)
     holdout: float = Field(0.1, ge=0, lt=1)
     """Share of prompts kept out to report accuracy (reward) or loss (sft)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: DType = "float32"
     engine: Engine = Engine()
 
 

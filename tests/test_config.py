@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from configs import reference
 from configs.errors import UserError
+from configs.hardware import fast_dtype
 from configs.load import load, load_with_origins, render
 from configs.rows import Row, parse_row, prompt_text, read_rows, split_of
 from configs.schema import Data, Recipe
@@ -171,3 +172,21 @@ def test_prompt_text_is_plain_for_one_turn_and_labelled_for_several() -> None:
     assert row is not None and prompt_text(row.messages) == "a"
     row = parsed({"m": turns("a", "b", "c")}, format="messages", column="m")
     assert row is not None and prompt_text(row.messages) == "User: a\n\nAssistant: b\n\nUser: c"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"), [("fma avx2", "float32"), ("avx512f avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16")]
+)
+def test_auto_takes_bfloat16_only_where_the_cpu_has_instructions_for_it(
+    flags: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name\t: amx_bf16 in a name does not count\nflags\t\t: fpu {flags}\n")
+    assert fast_dtype(cpuinfo) == expected
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert fast_dtype(cpuinfo) == "bfloat16"
+
+
+def test_auto_is_settled_when_the_recipe_is_read(path: Path) -> None:
+    assert load(path, ["model.dtype=auto"]).model.dtype == fast_dtype()
