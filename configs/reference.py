@@ -31,7 +31,8 @@ def _section(model: type[BaseModel], title: str, done: set[type[BaseModel]]) -> 
     yield "| key | type | default | meaning |\n|---|---|---|---|"
     for name, field in model.model_fields.items():
         text = " ".join((field.description or "").split())
-        yield f"| `{name}` | {_choices(field) or _type(field.annotation)}{_bounds(field)} | {_default(field)} | {_cell(text)} |"
+        kind = _choices(field) or _type(field.annotation)
+        yield f"| `{name}` | {kind}{_bounds(field)} | {_default(field)} | {_cell(text)} |"
     yield ""
     for field in model.model_fields.values():
         for inner in _models(field.annotation):
