@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from configs import schema
 from trainers import targets
-from trainers.engine import Process, TrainEngine
-from trainers.layout import fields, tree_width
+from trainers.engine import Process
+from trainers.layout import fields
 from trainers.losses import clipped_value_loss, token_weights
 from trainers.microbatch import MicroBatch
-from trainers.models import ValueModel, export, load_sequence_classifier
+from trainers.models import ValueModel, load_sequence_classifier
+from trainers.trainee import Trainee
 from trainers.types import Batch, Floats
 
 
@@ -28,27 +28,19 @@ class Critic:
         master_port: int = 0,
         total_steps: int | None = None,
     ) -> None:
-        self.config, self.algorithm = recipe.critic, recipe.algorithm
-        self.path = recipe.critic.path or recipe.model.path
-        updates = (total_steps or recipe.run.steps) * self.algorithm.epochs * self.algorithm.minibatches
+        self.algorithm = recipe.algorithm
+        path = recipe.critic.path or recipe.model.path
+        model = ValueModel(load_sequence_classifier(path, recipe.model.dtype))
         process = Process(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
-        self.engine = TrainEngine(
-            ValueModel(load_sequence_classifier(self.path, recipe.model.dtype)),
-            recipe.critic,
-            dtype=recipe.model.dtype,
-            total_steps=updates,
-            process=process,
-        )
-        self.width = tree_width(self.engine.hf) if recipe.critic.share_prompts else None
-        self.generator = np.random.default_rng(recipe.run.seed)
-        self.kl = targets.KLCoefficient(config=self.algorithm.kl, value=self.algorithm.kl.coefficient)
+        self.trainee = Trainee(model, path, recipe.critic, recipe, process, total_steps)
+        self.engine, self.kl = self.trainee.engine, self.trainee.kl
 
     def values(self, batch: Batch) -> Floats:
         """Return the values (B, T) of the states before each completion token, 0 outside the mask, on all ranks."""
         values = torch.zeros(batch.mask.shape)
         rows = list(range(len(batch.uids)))
         with torch.no_grad():
-            for micro in self._plan(batch, rows):
+            for micro in self.trainee.plan(batch, rows):
                 predicted = self._forward(batch, micro)
                 if micro.counts:
                     values[list(micro.rows)] = predicted.cpu()
@@ -64,7 +56,7 @@ class Critic:
         if returns is None:
             raise ValueError(f"algorithm {self.algorithm.name} gives no returns to fit a critic to")
         old, losses, norms = torch.tensor(values), [], []
-        for rows in targets.minibatches(batch, self.algorithm.epochs, self.algorithm.minibatches, self.generator):
+        for rows in self.trainee.minibatches(batch):
             loss, norm = self._update(batch, rows, old, returns)
             losses.append(loss)
             norms.append(norm)
@@ -93,30 +85,21 @@ class Critic:
             shares.append(float(total.detach()))
             return total
 
-        norm = self.engine.step(self._plan(batch, rows), loss_fn)
+        norm = self.engine.step(self.trainee.plan(batch, rows), loss_fn)
         return sum(shares), norm
 
-    def _plan(self, batch: Batch, rows: list[int]) -> list[MicroBatch]:
-        ranks = self.engine.world_size
-        return targets.plan(batch, rows, self.config.token_budget, ranks, width=self.width)[self.engine.rank]
-
     def _forward(self, batch: Batch, micro: MicroBatch) -> Tensor:
-        predicted: Tensor = self.engine.model(**fields(targets.inputs(batch, micro, self.engine.device)))
+        predicted: Tensor = self.engine.model(**fields(self.trainee.inputs(batch, micro)))
         return predicted
 
     def save(self, directory: Path) -> None:
         """Write everything `load` needs to go on bit-equal."""
-        extra = {"kl_coefficient": self.kl.value, "generator": self.generator.bit_generator.state}
-        self.engine.save(Path(directory), extra)
+        self.trainee.save(directory)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, on as many ranks. Raises FileNotFoundError if there is nothing."""
-        extra = self.engine.load(Path(directory))
-        self.kl.value = float(extra["kl_coefficient"])
-        self.generator.bit_generator.state = extra["generator"]
+        self.trainee.load(directory)
 
     def export(self, directory: Path) -> None:
         """Write the value model in HF format, with its tokenizer."""
-        state = self.engine.state_dict()
-        if self.engine.rank == 0:
-            export(self.engine.hf, state, directory, self.path)
+        self.trainee.export(directory)

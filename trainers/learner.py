@@ -2,22 +2,20 @@
 
 import hashlib
 import pickle
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from configs import schema
 from trainers import targets
-from trainers.engine import Process, TrainEngine, random_state
-from trainers.layout import fields, tree_width
+from trainers.engine import Process, random_state
+from trainers.layout import fields
 from trainers.losses import behaviour_weights, clipped_surrogate, kl_estimate, token_weights
 from trainers.microbatch import MicroBatch
-from trainers.models import completion_logprobs, export, load_policy
+from trainers.models import completion_logprobs, load_policy
+from trainers.trainee import Trainee
 from trainers.types import Batch, Floats, Ints, StepStats
 
 
@@ -48,21 +46,11 @@ class Learner:
         master_port: int = 0,
         total_steps: int | None = None,
     ) -> None:
-        self.config, self.algorithm = recipe.learner, recipe.algorithm
-        self.temperature = recipe.sampling.temperature
-        self.path = recipe.model.path
-        updates = (total_steps or recipe.run.steps) * self.algorithm.epochs * self.algorithm.minibatches
+        self.algorithm, self.temperature = recipe.algorithm, recipe.sampling.temperature
+        policy = load_policy(recipe.model.path, recipe.model.dtype)
         process = Process(rank=rank, world_size=world_size, master_addr=master_addr, master_port=master_port)
-        self.engine = TrainEngine(
-            load_policy(recipe.model.path, recipe.model.dtype),
-            recipe.learner,
-            dtype=recipe.model.dtype,
-            total_steps=updates,
-            process=process,
-        )
-        self.width = tree_width(self.engine.hf) if recipe.learner.share_prompts else None
-        self.generator = np.random.default_rng(recipe.run.seed)
-        self.kl = targets.KLCoefficient(config=self.algorithm.kl, value=self.algorithm.kl.coefficient)
+        self.trainee = Trainee(policy, recipe.model.path, recipe.learner, recipe, process, total_steps)
+        self.engine, self.kl = self.trainee.engine, self.trainee.kl
 
     def step(self, batch: Batch, values: Floats | None = None) -> StepStats:
         """Train on `batch` once, all its epochs and minibatches included.
@@ -71,10 +59,10 @@ class Learner:
         """
         advantages = targets.advantages(batch, self.algorithm, self.kl.value, values).advantages
         rate = self.engine.learning_rate
-        trained = self._old_logprobs(batch) if self.algorithm.epochs * self.algorithm.minibatches > 1 else None
+        trained = self._old_logprobs(batch) if self.trainee.updates > 1 else None
         several_updates = trained is not None
         trained = trained or _Trained(old=torch.zeros(batch.mask.shape), seen=torch.zeros(len(batch.uids)))
-        for rows in targets.minibatches(batch, self.algorithm.epochs, self.algorithm.minibatches, self.generator):
+        for rows in self.trainee.minibatches(batch):
             self._update(batch, rows, advantages, trained, several_updates)
         return self._stats(batch, trained, several_updates, rate)
 
@@ -105,7 +93,7 @@ class Learner:
                     trained.sums[name] += float(value.detach().sum())
             return total
 
-        trained.grad_norms.append(self.engine.step(self._plan(batch, rows), loss_fn))
+        trained.grad_norms.append(self.engine.step(self.trainee.plan(batch, rows), loss_fn))
 
     def _token_losses(
         self, batch: Batch, rows: list[int], logprobs: Tensor, old: Tensor, mask: Tensor, advantages: Tensor
@@ -127,12 +115,8 @@ class Learner:
             weight = behaviour_weights(old, behaviour, mask, cap=config.behaviour_cap)
         return loss * weight, clipped, weight
 
-    def _plan(self, batch: Batch, rows: list[int]) -> list[MicroBatch]:
-        ranks = self.engine.world_size
-        return targets.plan(batch, rows, self.config.token_budget, ranks, width=self.width)[self.engine.rank]
-
     def _forward(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
-        inputs = targets.inputs(batch, micro, self.engine.device)
+        inputs = self.trainee.inputs(batch, micro)
         logprobs, entropy = self.engine.model(**fields(inputs), temperature=self.temperature)
         return logprobs, entropy
 
@@ -141,7 +125,7 @@ class Learner:
         old = torch.zeros(batch.mask.shape)
         rows = list(range(len(batch.uids)))
         with torch.no_grad():
-            for micro in self._plan(batch, rows):
+            for micro in self.trainee.plan(batch, rows):
                 logprobs, _ = self._forward(batch, micro)
                 if micro.counts:
                     old[list(micro.rows)] = logprobs.cpu()
@@ -172,7 +156,7 @@ class Learner:
 
     def rng_hash(self) -> str:
         """Return a sha256 over every generator this rank draws from."""
-        state = random_state() | {"minibatches": self.generator.bit_generator.state}
+        state = random_state() | {"minibatches": self.trainee.generator.bit_generator.state}
         return hashlib.sha256(
             pickle.dumps({k: v.numpy() if isinstance(v, Tensor) else v for k, v in state.items()})
         ).hexdigest()
@@ -192,20 +176,15 @@ class Learner:
 
     def save(self, directory: Path) -> None:
         """Write everything `load` needs to go on bit-equal."""
-        extra = {"kl_coefficient": self.kl.value, "generator": self.generator.bit_generator.state}
-        self.engine.save(Path(directory), extra)
+        self.trainee.save(directory)
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, on as many ranks. Raises FileNotFoundError if there is nothing."""
-        extra: Mapping[str, Any] = self.engine.load(Path(directory))
-        self.kl.value = float(extra["kl_coefficient"])
-        self.generator.bit_generator.state = extra["generator"]
+        self.trainee.load(directory)
 
     def export(self, directory: Path) -> None:
         """Write the policy in HF format, with its tokenizer."""
-        state = self.engine.state_dict()
-        if self.engine.rank == 0:
-            export(self.engine.hf, state, directory, self.path)
+        self.trainee.export(directory)
 
 
 def _gaps(batch: Batch, old: Tensor) -> dict[str, float]:

@@ -1,0 +1,74 @@
+"""A network under training on one rank: what the policy's and the critic's learners have in common."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from configs import schema
+from trainers import targets
+from trainers.engine import Process, TrainEngine
+from trainers.layout import Sequences, tree_width
+from trainers.microbatch import MicroBatch
+from trainers.models import export
+from trainers.types import Batch
+
+
+class Trainee:
+    """A network, its optimizer, and the state that decides which batches it sees how.
+
+    Raises RuntimeError if the other ranks do not appear.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        path: str,
+        config: schema.Engine,
+        recipe: schema.Recipe,
+        process: Process,
+        total_steps: int | None = None,
+    ) -> None:
+        self.path, self.algorithm, self.token_budget = path, recipe.algorithm, config.token_budget
+        self.updates = self.algorithm.epochs * self.algorithm.minibatches  # of one step
+        self.engine = TrainEngine(
+            model,
+            config,
+            dtype=recipe.model.dtype,
+            total_steps=(total_steps or recipe.run.steps) * self.updates,
+            process=process,
+        )
+        self.width = tree_width(self.engine.hf) if config.share_prompts else None
+        self.generator = np.random.default_rng(recipe.run.seed)
+        self.kl = targets.KLCoefficient(config=self.algorithm.kl, value=self.algorithm.kl.coefficient)
+
+    def minibatches(self, batch: Batch) -> Iterator[list[int]]:
+        """Yield the rollouts of each optimizer step on `batch`."""
+        return targets.minibatches(batch, self.algorithm.epochs, self.algorithm.minibatches, self.generator)
+
+    def plan(self, batch: Batch, rows: list[int]) -> list[MicroBatch]:
+        """Return this rank's micro-batches for the rollouts `rows`."""
+        ranks = self.engine.world_size
+        return targets.plan(batch, rows, self.token_budget, ranks, width=self.width)[self.engine.rank]
+
+    def inputs(self, batch: Batch, micro: MicroBatch) -> Sequences:
+        """Return a micro-batch as the network takes it, on its device."""
+        return targets.inputs(batch, micro, self.engine.device)
+
+    def save(self, directory: Path) -> None:
+        """Write everything `load` needs to go on bit-equal."""
+        extra = {"kl_coefficient": self.kl.value, "generator": self.generator.bit_generator.state}
+        self.engine.save(Path(directory), extra)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote, on as many ranks. Raises FileNotFoundError if there is nothing."""
+        extra = self.engine.load(Path(directory))
+        self.kl.value = float(extra["kl_coefficient"])
+        self.generator.bit_generator.state = extra["generator"]
+
+    def export(self, directory: Path) -> None:
+        """Write the network in HF format, with its tokenizer."""
+        state = self.engine.state_dict()
+        if self.engine.rank == 0:
+            export(self.engine.hf, state, directory, self.path)
