@@ -1,4 +1,4 @@
-"""`headroom sft` and `headroom reward`: supervised trainings of a recipe, one process per rank, here."""
+"""`headroom sft` and `headroom reward`: supervised trainings of a recipe, each in this one process."""
 
 import logging
 import os

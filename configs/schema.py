@@ -35,7 +35,7 @@ class Run(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """Newest checkpoints kept for resuming; the best by the primary evaluation is kept besides."""
     prepare: str | None = None
-    """`module:function` called with the recipe before start-up when model.path does not exist yet."""
+    """`module:function` called with the recipe before every run; makes what is missing of its models and data."""
 
 
 class Resources(Section):

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -34,6 +35,15 @@ RESHAPING = (
 )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Makers:
+    """Where a model or file that is missing comes from."""
+
+    outputs: Mapping[str, str]  # path -> the command that makes it
+    later: bool  # run.prepare makes what is missing before anything is read
+    hint: str  # for what no command is known to make; empty: none
+
+
 def validate(recipe: Recipe, command: Command, config: str = "CONFIG") -> list[str]:
     """Return warnings about a recipe that is about to be run by `command`; `config` is its file, for hints.
 
@@ -51,11 +61,11 @@ def validate(recipe: Recipe, command: Command, config: str = "CONFIG") -> list[s
         _check_split(key, data)
     for key, name in _functions(recipe, command):
         _check_function(key, name)
-    # The demo, and a recipe that prepares itself, make their own models and data.
-    if command != "demo" and (recipe.run.prepare is None or Path(recipe.model.path).exists()):
-        _check_models(recipe, command, offline, config)
+    if command != "demo":  # which makes its own models and data
+        makers = _makers(recipe, online, config)
+        _check_models(recipe, command, offline, makers)
         for key, data in consumers.items():
-            _check_rows(key, data)
+            _check_rows(key, data, makers)
     check_machine(
         recipe,
         vllm=online or command == "eval",
@@ -156,6 +166,11 @@ def _offline(recipe: Recipe, command: Command) -> dict[str, Offline]:
     else:
         return {}
     for key, training in trainings.items():
+        if training.engine.ranks > 1:
+            raise UserError(
+                f"{key}.engine.ranks: {training.engine.ranks} ranks, but headroom {command} trains in one process; "
+                f"set {key}.engine.ranks=1"
+            )
         if training.data.format not in formats:
             raise UserError(
                 f"{key}.data.format: {training.data.format!r} rows hold no "
@@ -227,7 +242,22 @@ def _check_split(key: str, data: Data) -> None:
         raise UserError(f"{key}.split: no split {data.split!r}; {suggest(data.split, list(data.splits))}")
 
 
-def _check_rows(key: str, data: Data) -> None:
+def _makers(recipe: Recipe, online: bool, config: str) -> Makers:
+    outputs = {training.output: f"headroom reward {config}" for training in recipe.reward_models.values()}
+    if recipe.sft is not None:
+        outputs[recipe.sft.output] = f"headroom sft {config}"
+    if recipe.run.prepare is None:
+        return Makers(outputs=outputs, later=False, hint="")
+    # Its sft and reward_models say how run.prepare trains; their inputs are made by it too.
+    hint = f"if run.prepare makes it, run this once: headroom train {config}"
+    return Makers(outputs={}, later=online, hint=hint)
+
+
+def _check_rows(key: str, data: Data, makers: Makers) -> None:
+    if is_file(data.path) and not os.path.exists(data.path) and makers.hint:
+        if makers.later:
+            return
+        raise UserError(f"{key}.path: no data file {data.path}; {makers.hint}")
     if not is_file(data.path):
         if _looks_local(data.path):
             raise UserError(
@@ -249,10 +279,7 @@ def _check_rows(key: str, data: Data) -> None:
         raise UserError(f"{key}: none of the {seen} rows of {data.path} is usable{split}; check format and splits")
 
 
-def _check_models(recipe: Recipe, command: Command, offline: dict[str, Offline], config: str) -> None:
-    outputs = {training.output: f"headroom reward {config}" for training in recipe.reward_models.values()}
-    if recipe.sft is not None:
-        outputs[recipe.sft.output] = f"headroom sft {config}"
+def _check_models(recipe: Recipe, command: Command, offline: dict[str, Offline], makers: Makers) -> None:
     policies = {"model.path": recipe.model.path}
     if offline:
         policies = {
@@ -260,29 +287,31 @@ def _check_models(recipe: Recipe, command: Command, offline: dict[str, Offline],
         }
     chat = any(data.render == "chat" for _, data in _data(recipe, command, offline))
     for key, path in policies.items():
-        directory = _check_model(key, path, outputs)
+        directory = _check_model(key, path, makers)
         if directory is not None and chat and command != "reward":
             _check_chat_template(key, directory)
         if directory is not None and key == "model.path" and not offline:
             _check_context(recipe, directory)
     for key, scorer in _scorers(recipe, command):
         if scorer.model is not None:
-            _check_one_output(f"{key}.model", _check_model(f"{key}.model", scorer.model, outputs))
+            _check_one_output(f"{key}.model", _check_model(f"{key}.model", scorer.model, makers))
     if command in ("train", "demo"):
         for key, start in {"reference.path": recipe.reference.path, "critic.path": recipe.critic.path}.items():
             if start is not None:
-                _check_model(key, start, outputs)
+                _check_model(key, start, makers)
 
 
-def _check_model(key: str, path: str, outputs: dict[str, str]) -> Path | None:
-    """Return the local directory of a model, None if it will be downloaded."""
+def _check_model(key: str, path: str, makers: Makers) -> Path | None:
+    """Return the local directory of a model, None if it will be made or downloaded."""
     directory = Path(path).expanduser()
+    if makers.later and not (directory / "config.json").is_file() and _looks_local(path):
+        return None
     if not directory.is_dir():
-        if path in outputs:
-            raise UserError(f"{key}: no model at {path}; make it with: {outputs[path]}")
+        if path in makers.outputs:
+            raise UserError(f"{key}: no model at {path}; make it with: {makers.outputs[path]}")
         if _looks_local(path):
             hint = "make it with: make smollm2" if "smollm2" in path.lower() else "correct the path or give a public id"
-            raise UserError(f"{key}: no model at {path}; {hint}")
+            raise UserError(f"{key}: no model at {path}; {makers.hint or hint}")
         cached = _cached(path)
         if cached is None and os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
             raise UserError(f"{key}: {path} is not in the local cache, HF_HUB_OFFLINE is set; give a local path")

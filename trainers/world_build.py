@@ -4,6 +4,7 @@ The one module of the training side that knows gold, since the simulated annotat
 model get no more than their choices.
 """
 
+import fcntl
 import hashlib
 import inspect
 import json
@@ -12,6 +13,7 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 import torch
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
@@ -32,16 +34,34 @@ PAIRS_PER_PROMPT = 3
 ANSWER_TOKENS = 48
 HELDOUT = 128
 MANIFEST = "manifest.json"
+LOCK = "lock"
 _log = logging.getLogger(__name__)
+_building: dict[Path, IO[str]] = {}  # what this process has begun to build, and its hold on it
 
 
 def skeleton(recipe: Recipe) -> None:
     """Write what engines need to start: tokenizer, configs and random weights at every path, and the data files.
 
-    Does nothing if a finished build is there. Deterministic in sft.seed. Raises UserError if a section is missing.
+    Does nothing if a finished build is there; waits for another process that is building one. From here to the end
+    of `prepare` other processes wait. Deterministic in sft.seed. Raises UserError if a section is missing, or if the
+    build would write among files that are not its own.
     """
-    if is_prepared(recipe):
+    root = _root(recipe)
+    if is_prepared(recipe) or root in _building:
         return
+    _check_places(recipe)
+    _begin(root)
+    try:
+        if is_prepared(recipe):  # by the process that was waited for
+            _end(root)
+        else:
+            _write_skeleton(recipe)
+    except BaseException:
+        _end(root)
+        raise
+
+
+def _write_skeleton(recipe: Recipe) -> None:
     sft, reward = _sections(recipe)
     root = _root(recipe)
     (root / MANIFEST).unlink(missing_ok=True)
@@ -68,12 +88,20 @@ def prepare(recipe: Recipe, log: Log = _log.info) -> None:
     """Train policy and reward model of the demo's world where model.path and the reward component expect them.
 
     Deterministic in the seeds of the sections sft and reward_models; a finished build of the same recipe and code is
-    kept. Raises UserError if a section is missing.
+    kept. Raises UserError as `skeleton` does.
     """
-    if is_prepared(recipe):
+    skeleton(recipe)
+    root = _root(recipe)
+    if root not in _building:
         log("the demo's world is built already")
         return
-    skeleton(recipe)
+    try:
+        _train(recipe, log)
+    finally:
+        _end(root)
+
+
+def _train(recipe: Recipe, log: Log) -> None:
     sft, reward = _sections(recipe)
     tokenizer = world.tokenizer()
     base = _base(sft, recipe)
@@ -180,7 +208,53 @@ def _sections(recipe: Recipe) -> tuple[Offline, Offline]:
 
 
 def _root(recipe: Recipe) -> Path:
-    return Path(recipe.model.path).parent
+    return Path(recipe.model.path).resolve().parent
+
+
+def _check_places(recipe: Recipe) -> None:
+    """Refuse to write outside the build's own directory, or into one that somebody else has filled."""
+    sft, reward = _sections(recipe)
+    root = _root(recipe)
+    places = {
+        "data.path": recipe.data.path,
+        "sft.base": _base(sft, recipe),
+        "sft.output": sft.output,
+        "sft.data.path": sft.data.path,
+        "reward_models.*.output": reward.output,
+        "reward_models.*.data.path": reward.data.path,
+    }
+    for key, path in places.items():
+        if root not in Path(path).resolve().parents:
+            raise UserError(
+                f"{key}: {path} is outside {root}, where run.prepare builds the demo's world beside model.path; "
+                "give a path inside, or set run.prepare=null to use your own models and data"
+            )
+    known = (LOCK, MANIFEST)
+    if root.exists() and any(root.iterdir()) and not any((root / name).exists() for name in known):
+        raise UserError(
+            f"model.path: {root} holds other files, and run.prepare would write the demo's world among them; give "
+            "model.path in a directory of its own, or set run.prepare=null to use what is there"
+        )
+
+
+def _begin(root: Path) -> None:
+    """Hold `root` until `_end` or death; wait for another process that does."""
+    root.mkdir(parents=True, exist_ok=True)
+    file = (root / LOCK).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        _log.info("waiting for process %s, which builds %s", file.read().strip() or "unknown", root)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {os.uname().nodename}\n")
+    file.flush()
+    _building[root] = file
+
+
+def _end(root: Path) -> None:
+    _building.pop(root).close()
 
 
 def _base(sft: Offline, recipe: Recipe) -> str:
