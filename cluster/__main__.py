@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        args = _parse(argv)
+        args = parse(argv)
         args.command(args)
         return 0
     except UserError as error:
@@ -59,7 +59,8 @@ def _print_error(error: Exception) -> None:
     print(f"headroom: error: {' '.join(str(getattr(error, 'cause', error)).split())}", file=sys.stderr)
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Return what was typed. Raises UserError for what is no command or option."""
     parser = _Parser(
         prog="headroom",
         allow_abbrev=False,
