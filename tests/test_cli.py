@@ -1,23 +1,27 @@
-"""What a user meets: every mistake that can be told without actors ends with exit code 2 and one useful line."""
+"""What a user meets: a mistake ends with exit code 2 and one useful line, before anything starts wherever possible."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import yaml
+from ray.cluster_utils import Cluster
 
 from cluster.__main__ import main
 from configs.load import load
 from configs.validate import Command, validate
+from tests.cli_run import Answer, failing_run
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "ray", "transformers", "mlflow", "datasets")  # vllm and deepspeed import torch
 CHAT = [{"role": "user", "content": "hello"}]
 
 
@@ -30,6 +34,7 @@ class Case:
     files: Mapping[str, str | None] = field(default_factory=dict)  # None: deleted
     environment: Mapping[str, str] = field(default_factory=dict)
     missing_package: str | None = None
+    by: str = "at_once"  # the fixture that asks for the answer: at_once, in_a_cluster or in_a_run
     says: Sequence[str]
 
 
@@ -40,6 +45,7 @@ def over(*overrides: str, says: Sequence[str], **more: Any) -> Case:
 MESSAGES = ("data.format=messages", "data.column=messages", "data.path=chat.jsonl")
 TASK = """{name: held, data: {path: prompts.jsonl}, sampling: {n: 1, max_tokens: 8},
            scorers: [{name: gold, function: 'rules:brevity'}]}"""
+PREPARE = "run.prepare=trainers.world_build:prepare"
 CASES = {
     "no command": Case(argv=[], says=["COMMAND", "headroom --help"]),
     "unknown command": Case(argv=["trian"], says=["'trian'", "train", "--help"]),
@@ -145,6 +151,21 @@ CASES = {
         overrides=["reward_models.proxy={output: o, data: {path: pairs.jsonl, format: pairs}}"],
         says=["--only", "'proxi'", "'proxy'"],
     ),
+    "ranks of a supervised training": Case(
+        argv=["sft", "recipe.yaml"],
+        overrides=["sft={output: o, data: {path: pairs.jsonl, format: pairs}, engine: {ranks: 2}}"],
+        says=["sft.engine.ranks", "2 ranks", "one process"],
+    ),
+    "pairs that run.prepare makes": Case(
+        argv=["reward", "recipe.yaml"],
+        overrides=["reward_models.rm={output: o, data: {path: none.jsonl, format: pairs}}", PREPARE],
+        says=["reward_models.rm.data.path", "none.jsonl", "run.prepare", "headroom train recipe.yaml"],
+    ),
+    "start weights that run.prepare makes": Case(
+        argv=["sft", "recipe.yaml"],
+        overrides=["sft={output: o, base: ./start, data: {path: pairs.jsonl, format: pairs}}", PREPARE],
+        says=["sft.base", "./start", "run.prepare", "headroom train recipe.yaml"],
+    ),
     "vllm not installed": Case(missing_package="vllm", says=["vllm is not installed", 'pip install -e ".[cpu]"']),
     "deepspeed not installed": Case(missing_package="deepspeed", says=["deepspeed is not installed", "pip install"]),
     "no compiler": Case(environment={"PATH": ""}, says=["C++ compiler", "g++"]),
@@ -154,23 +175,44 @@ CASES = {
         environment={"CUDA_VISIBLE_DEVICES": "0"},
         says=["GPU", "64", "has 1", "ray.address"],
     ),
+    # What it takes actors to find out: in a cluster without room for an engine, and in one whole run.
+    "not enough CPUs in a cluster": over(
+        "generator.resources.cpus=8",
+        "ray.placement_s=1",
+        by="in_a_cluster",
+        says=["ask for 8.4 CPUs", "has 1 and 0", "add nodes"],
+    ),
+    "all prompts too long": over(
+        "data.max_prompt_tokens=3",
+        by="in_a_cluster",
+        says=["all 3 prompts are longer than 3 tokens", "shortest", "raise"],
+    ),
+    "some prompts too long": over(by="in_a_run", says=["1 prompts are longer than 32 tokens and left out"]),
+    "reward function raises": over(by="in_a_run", says=["'brevity', sample e0-p3-s", "rules:fails raised KeyError"]),
+    "reward function times out": over(by="in_a_run", says=["'brevity', sample e0-p7-s", "fails took longer than 5 s"]),
+    "reward function returns NaN": over(by="in_a_run", says=["'brevity', sample e0-p11-s", "rules:fails returned nan"]),
+    "reward function fails for all": over(
+        by="in_a_run", says=["headroom: error: ", "prompts were discarded", "loop.discard_budget=0.3", "the last: "]
+    ),
+    "MLflow server unreachable": over(
+        by="in_a_run", says=["http://127.0.0.1:", "is not reachable; the run goes on", "takes records again"]
+    ),
 }
 
 
-@pytest.fixture
-def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Make a directory where `headroom train recipe.yaml` has nothing to complain of, and go there."""
+def make_world(root: Path) -> None:
+    """Make `root` a directory where `headroom train recipe.yaml` has nothing to complain of."""
     small = {"resources": {"cpus": 0.1}}
     recipe = {
         "run": {"name": "case"},
-        "model": {"path": "policy", "max_length": 64},
+        "model": {"path": "policy", "max_length": 64, "dtype": "float32"},
         "data": {"path": "prompts.jsonl", "max_prompt_tokens": 32},
         "sampling": {"max_tokens": 32},
         "reward": {"components": [{"name": "brevity", "function": "rules:brevity"}], **small},
         "learner": small,
-        "generator": small,
+        "generator": {"kv_cache_gb": 0.25, **small},
         "reference": small,
-        "evaluation": small,
+        "evaluation": {"kv_cache_gb": 0.25, **small},
     }
     files = {
         "recipe.yaml": yaml.safe_dump(recipe),
@@ -180,12 +222,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "pairs.jsonl": json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}),
         "rules.py": "def brevity(prompt, completion, row):\n    return -len(completion)\n",
     }
-    write(tmp_path, files)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    for name in ("HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "CXX"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
+    write(root, files)
 
 
 def write(root: Path, files: Mapping[str, str | None]) -> None:
@@ -193,6 +230,71 @@ def write(root: Path, files: Mapping[str, str | None]) -> None:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content) if content is not None else path.unlink()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go to a directory made by `make_world`."""
+    make_world(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("HF_HUB_OFFLINE", "CUDA_VISIBLE_DEVICES", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def at_once(
+    world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[Case], Answer]:
+    """Ask in this process, where nothing heavy can be imported."""
+
+    def ask(case: Case) -> Answer:
+        write(world, case.files)
+        for name, value in case.environment.items():
+            monkeypatch.setenv(name, value)
+        # None is what Python itself takes for "not importable".
+        for name in (*HEAVY, *([case.missing_package] if case.missing_package else [])):
+            monkeypatch.setitem(sys.modules, name, None)
+        code = main([*case.argv, *case.overrides])
+        said = capsys.readouterr().err
+        one_line(said, case.says)
+        return Answer(code=code, said=said)
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def small_cluster() -> Iterator[str]:
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture
+def in_a_cluster(world: Path, small_cluster: str) -> Callable[[Case], Answer]:
+    """Ask a process that joins a Ray cluster of one CPU."""
+    tiny_model(world / "policy", max_length=64)
+
+    def ask(case: Case) -> Answer:
+        done = command(world, *case.argv, f"ray.address={small_cluster}", *case.overrides, timeout_s=300)
+        return Answer(code=done.returncode, said=done.stderr)
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Answer:
+    world = tmp_path_factory.mktemp("run")
+    make_world(world)
+    tiny_model(world / "policy", max_length=64)
+    return failing_run(world)
+
+
+@pytest.fixture
+def in_a_run(whole_run: Answer) -> Callable[[Case], Answer]:
+    """Give the one answer of a run in which all this happened."""
+    return lambda case: whole_run
 
 
 def one_line(text: str, says: Sequence[str]) -> None:
@@ -210,17 +312,27 @@ def test_without_a_mistake_there_is_no_error(world: Path) -> None:
         assert len(warnings) == (name in ("train", "demo"))  # the task reads the prompts that are trained on
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-def test_a_mistake_is_answered_in_one_line(
-    case: Case, world: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    write(world, case.files)
-    for name, value in case.environment.items():
-        monkeypatch.setenv(name, value)
-    if case.missing_package:
-        monkeypatch.setitem(sys.modules, case.missing_package, None)  # what Python itself does for "not importable"
-    assert main([*case.argv, *case.overrides]) == 2
-    one_line(capsys.readouterr().err, case.says)
+def cases() -> list[Any]:
+    slow = [pytest.mark.slow, pytest.mark.timeout(900)]
+    return [pytest.param(case, id=name, marks=slow if case.by != "at_once" else []) for name, case in CASES.items()]
+
+
+@pytest.mark.parametrize("case", cases())
+def test_a_mistake_is_answered_in_one_line(case: Case, request: pytest.FixtureRequest) -> None:
+    answer: Answer = request.getfixturevalue(case.by)(case)
+    assert answer.code == 2, answer.said
+    *before, last = answer.said.splitlines()
+    assert last.startswith("headroom: error: ") and "Traceback" not in answer.said, answer.said
+    assert not [line for line in before if line.startswith("headroom: error: ")]
+    told = answer.said + answer.kept
+    assert [fragment for fragment in case.says if fragment not in told] == [], told
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_metrics_of_steps_without_a_server_arrive_later(whole_run: Answer) -> None:
+    assert len(whole_run.before_server) >= 6
+    assert whole_run.before_server <= whole_run.arrived
 
 
 @pytest.mark.parametrize("name", ["unknown key", "malformed row", "two outputs", "not enough CPUs"])
@@ -234,10 +346,10 @@ def test_the_real_command_answers_within_two_seconds(name: str, world: Path) -> 
     one_line(answer.stderr, case.says)
 
 
-def command(directory: Path, *argv: str) -> "subprocess.CompletedProcess[str]":
+def command(directory: Path, *argv: str, timeout_s: float = 60) -> "subprocess.CompletedProcess[str]":
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     argv = (sys.executable, "-m", "cluster", *argv)
-    return subprocess.run(argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(argv, cwd=directory, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
 def test_debug_shows_the_traceback(world: Path) -> None:
