@@ -15,7 +15,6 @@ from typing import Any
 import ray
 
 from cluster.cast import Cast, load_prompts, start_cast
-from cluster.group import call
 from cluster.launch import connect, train
 from cluster.placement import Placement
 from configs.load import load
@@ -24,26 +23,21 @@ from trainers.batch import assemble
 from trainers.spool import read, read_metrics
 from trainers.types import Group, Prompt
 
-KEPT = ("sync/seconds", "time/step", "rollout/length_mean", "rollout/staleness_max", "rollout/staleness_mean")
+KEPT = (
+    *("sync/seconds", "sync/logprob_gap", "time/step", "kl/reference"),
+    *("rollout/length_mean", "rollout/discarded", "rollout/staleness_max", "rollout/staleness_mean"),
+)
 RECORDED = 4  # batches that the standalone learner replays in turn
 
 
 def whole_run(recipe: Recipe) -> dict[str, Any]:
     """Run `cluster.launch.train` and return when its steps ended, its sync metrics and the engines' counts."""
-    engines: list[dict[str, Any]] = []
-    close = Cast.close
-
-    async def count_and_close(cast: Cast) -> None:
-        found = await asyncio.gather(*(call(engine.stats.remote(), "counts", 60) for engine in cast.engines))
-        engines.extend(map(dataclasses.asdict, found))
-        await close(cast)
-
-    Cast.close = count_and_close  # type: ignore[method-assign]  # the counts end with the engines
     finished = train(recipe)
     records = read(finished.rundir.metrics)
     ends = [r["timestamp"] / 1000 for r in records if r["kind"] == "metric" and r["key"] == "time/step"]
     points = read_metrics(finished.rundir.metrics)
     metrics = {key: values for key, values in points.items() if key in KEPT or key.endswith("_busy")}
+    engines = [dataclasses.asdict(stats) for stats in finished.engines.values()]
     return {"ends": ends, "metrics": metrics, "engines": engines}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 
-from actors.engine import EngineOptions, sampling_of
+from actors.engine import EngineOptions, EngineStats, sampling_of
 from actors.evaluator import EvaluatorActor
 from actors.generator import Generator
 from actors.learner import CriticRank, LearnerRank
@@ -42,10 +42,17 @@ class Cast:
     clocks: Clocks
     prompts: PromptStream
     engines: Sequence[Any]  # the actors that run vLLM
+    generators: Mapping[str, Any]  # those of them that serve the loop, by name
 
     async def gauges(self) -> dict[str, float]:
         """Return what the actors say about their last step."""
         return {**self.generator.gauges(), **await self.clocks.read()}
+
+    async def engine_stats(self) -> dict[str, EngineStats]:
+        """Return what each generator's engine counted since its start; gone once the cast is closed."""
+        actors = self.generators.items()
+        found = await asyncio.gather(*(call(a.stats.remote(), f"counts of {name}", CLOSE_S) for name, a in actors))
+        return dict(zip(self.generators, found, strict=True))
 
     async def close(self) -> None:
         """End the engines' own processes, which Ray does not know."""
@@ -121,6 +128,7 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
         ],
         clocks=Clocks(company.actors),
         engines=[*replicas, *company.of("evaluator").values()],
+        generators=company.of("generator"),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 
+from actors.engine import EngineStats
 from actors.evaluator import EvaluatorActor
 from actors.weight_sync import weights_from_directory
 from cluster.cast import CLOSE_S, STARTUP_S, Cast, start_cast
@@ -47,6 +48,7 @@ class Finished:
     figure: Path
     mlflow_run_id: str | None
     seconds: float
+    engines: Mapping[str, EngineStats]  # by generator; counted in this incarnation
 
 
 def train(recipe: Recipe, resume: str | None = None) -> Finished:
@@ -109,6 +111,7 @@ async def _train(recipe: Recipe, rundir: RunDir) -> Finished:
             if found:
                 await cast.learner.load(str(found[0]))
             journal = await _run(recipe, rundir, tracker, cast, meta, incarnation)
+            engines = await cast.engine_stats()
         finally:
             await cast.close()
         figure = draw(recipe, rundir, journal.best)
@@ -122,6 +125,7 @@ async def _train(recipe: Recipe, rundir: RunDir) -> Finished:
             version=cast.learner.version,
             mlflow_run_id=tracker.run_id,
             seconds=time.monotonic() - began,
+            engines=engines,
         )
 
 
