@@ -6,15 +6,35 @@ python -m benchmarks.compare_trl CONFIG --trl-python PYTHON [key=value …]
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from benchmarks import recipes
 from benchmarks.arm import prompts_of
 from benchmarks.measure import Trace, environment, interleaved, interval, pool, ratio, report, run_arm
+from configs.errors import UserError
 from configs.load import load
 from configs.schema import Recipe
+
+FLOAT32_GAP = 1e-3  # nats between the log-probs of vLLM and of the learner; 2e-6 seen when both are float32
+# What TRL is told, or does by itself, in one way only.
+EQUAL = {
+    "algorithm.name": "grpo",
+    "algorithm.epochs": 1,
+    "algorithm.minibatches": 1,
+    "algorithm.divide_by_std": True,
+    "algorithm.aggregate": "token",
+    "algorithm.kl.target": None,
+    "reference.path": None,
+    "sampling.stop": [],
+    "learner.ranks": 1,
+    "learner.optimizer.schedule": "constant",
+    "learner.optimizer.warmup_steps": 0,
+    "data.render": "chat",
+}
 
 
 def main() -> None:
@@ -25,11 +45,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads of TRL: all the cores it is given")
     options = parser.parse_args()
     root = options.out.resolve() / time.strftime("trl-%Y%m%d-%H%M%S")
-    root.mkdir(parents=True)
     recipe = load(options.config, recipes.overrides(options, root / "prompts"))
-    samples, tail = recipe.loop.batch_prompts * recipe.sampling.n, recipe.loop.staleness + 1
+    check_comparable(recipe)
+    recipes.check_steps(recipe, options.warm_up)
+    samples, tail = recipe.loop.batch_prompts * recipe.sampling.n, recipes.tail(recipe)
     specification = root / "trl.json"
-    specification.write_text(json.dumps(trl_spec(recipe, root, options.trl_accumulation, options.threads)))
+    spec = trl_spec(recipe, root, options.trl_accumulation, options.threads)
+    root.mkdir(parents=True)
+    specification.write_text(json.dumps(spec))
     result = {"environment": environment(), "options": {**vars(options), "out": str(options.out)}}
     traces: dict[str, list[Trace]] = {"headroom": [], "trl": []}
     for number, arm in enumerate(interleaved(["headroom", "trl"], options.rounds)):
@@ -41,7 +64,7 @@ def main() -> None:
             command = [options.trl_python, str(Path(__file__).with_name("trl_arm.py")), str(out), str(specification)]
         print(f"{number + 1}/{2 * options.rounds} {arm}", flush=True)
         traces[arm].append(run_arm(command, out, samples=samples, place=None))
-    check_lengths(traces, options.tokens)
+    check_equal(traces, recipe, spec)
     ours, theirs = (pool([t.steady(options.warm_up, tail) for t in traces[arm]]) for arm in ("headroom", "trl"))
     result["results"] = {
         "headroom samples/s": interval(ours.samples_per_s),
@@ -57,7 +80,8 @@ def main() -> None:
 
 def trl_spec(recipe: Recipe, root: Path, accumulation: int, threads: int) -> dict[str, object]:
     """Return what the TRL arm must hold equal to the recipe, prompts included."""
-    kl = recipe.algorithm.kl
+    kl, optimizer = recipe.algorithm.kl, recipe.learner.optimizer
+    prompts = prompts_of(recipe)
     return {
         "model": recipe.model.path,
         "dtype": recipe.model.dtype,
@@ -67,20 +91,65 @@ def trl_spec(recipe: Recipe, root: Path, accumulation: int, threads: int) -> dic
         "n": recipe.sampling.n,
         "tokens": recipe.sampling.max_tokens,
         "kl": 0.0 if kl.where == "none" else kl.coefficient,
-        "learning_rate": recipe.learner.optimizer.learning_rate,
+        "temperature": recipe.sampling.temperature,
+        "top_p": recipe.sampling.top_p,
+        "top_k": recipe.sampling.top_k,
+        "clip": [recipe.algorithm.clip_low, recipe.algorithm.clip_high],
+        "learning_rate": optimizer.learning_rate,
+        "betas": list(optimizer.betas),
+        "weight_decay": optimizer.weight_decay,
+        "max_grad_norm": optimizer.max_grad_norm,
+        "gradient_checkpointing": recipe.learner.gradient_checkpointing,
         "reward": recipe.reward.components[0].function,
         "accumulation": accumulation,
         "threads": threads,
-        "prompts": [list(prompt.messages) for prompt in prompts_of(recipe)],
+        "prompts": [list(prompt.messages) for prompt in prompts],
+        "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
     }
 
 
-def check_lengths(traces: dict[str, list[Trace]], tokens: int) -> None:
-    """Raise RuntimeError unless both trained on completions of `tokens` tokens: else nothing is comparable."""
-    ours = [value for t in traces["headroom"] for _, value in t.details["metrics"]["rollout/length_mean"]]
-    theirs = [value for t in traces["trl"] for value in t.details["lengths"]]
-    if not all(length == tokens for length in [*ours, *theirs]):
-        raise RuntimeError(f"mean lengths differ from {tokens}: headroom {set(ours)}, trl {set(theirs)}")
+def check_comparable(recipe: Recipe) -> None:
+    """Raise UserError if the recipe asks for what TRL's arm does not do."""
+    for key, wanted in EQUAL.items():
+        value: object = recipe
+        for part in key.split("."):
+            value = getattr(value, part)
+        if value != wanted:
+            raise UserError(f"{key} is {value!r}: TRL's arm can only be held equal to {wanted!r}; override it")
+    kl, components = recipe.algorithm.kl, recipe.reward.components
+    if kl.where == "reward" or (kl.where == "loss" and kl.coefficient == 0):
+        raise UserError("algorithm.kl: TRL's arm has a reference only in the loss and only with a coefficient above 0")
+    if len(components) != 1 or components[0].function is None or components[0].weight != 1:
+        raise UserError("reward.components: both arms take one Python function of weight 1")
+
+
+def check_equal(traces: dict[str, list[Trace]], recipe: Recipe, spec: Mapping[str, Any]) -> None:
+    """Raise RuntimeError unless both arms were seen to do the same work: dtype, steps, prompts, lengths, reference."""
+    samples, dtype = recipe.loop.batch_prompts * recipe.sampling.n, recipe.model.dtype
+    tokens = recipe.run.steps * samples * recipe.sampling.max_tokens + recipe.sampling.n * spec["prompt_tokens"]
+    seen: list[tuple[str, object, object]] = []
+    for run in traces["headroom"]:
+        metrics = run.details["metrics"]
+        lengths = {value for _, value in metrics["rollout/length_mean"]}
+        seen += [
+            ("headroom: lengths", lengths, {recipe.sampling.max_tokens}),
+            ("headroom: steps", len(run.ends), recipe.run.steps),
+            ("headroom: discarded prompts", sum(value for _, value in metrics["rollout/discarded"]), 0),
+            ("headroom: has a reference", "kl/reference" in metrics, spec["kl"] > 0),
+        ]
+        if dtype == "float32":  # seen in what vLLM and the learner compute, not only asked for
+            exact = max(gap for _, gap in metrics["sync/logprob_gap"]) < FLOAT32_GAP
+            seen.append(("headroom: float32 log-probs of generator and learner agree", exact, True))
+    for run in traces["trl"]:
+        seen += [
+            ("trl: lengths", set(run.details["lengths"]), {recipe.sampling.max_tokens}),
+            ("trl: dtypes", set(run.details["dtypes"]), {f"torch.{dtype}"}),
+            ("trl: steps", len(run.ends), recipe.run.steps),
+            ("trl: prompt and completion tokens", run.details["num_tokens"], tokens),
+            ("trl: has a reference", run.details["reference"], spec["kl"] > 0),
+        ]
+    if unequal := [f"{what}: {found} and not {wanted}" for what, found, wanted in seen if found != wanted]:
+        raise RuntimeError("the arms did unequal work: " + "; ".join(unequal))
 
 
 def sync_results(runs: list[Trace], warm_up: int) -> dict[str, object]:
@@ -102,4 +171,4 @@ def sync_results(runs: list[Trace], warm_up: int) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    recipes.command(main)

@@ -24,7 +24,8 @@ def main() -> None:
     root = options.out.resolve() / time.strftime("pipeline-%Y%m%d-%H%M%S")
     chosen = [*recipes.overrides(options, root / "unused"), "learner.threads=1"]
     recipe = load(options.config, chosen)
-    samples, tail = recipe.loop.batch_prompts * recipe.sampling.n, recipe.loop.staleness + 1
+    recipes.check_steps(recipe, options.warm_up)
+    samples, tail = recipe.loop.batch_prompts * recipe.sampling.n, recipes.tail(recipe)
 
     def place(_: psutil.Process, name: str) -> set[int]:
         """Put the generator's actor and all below it on its core, everything else on the other."""
@@ -54,4 +55,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    recipes.command(main)

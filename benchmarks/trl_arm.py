@@ -47,9 +47,19 @@ def main(out: str, spec: dict[str, Any]) -> None:
         callbacks=[clock],
     )
     trainer.train()
-    lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history if "loss" in entry]
-    versions = {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    Path(out).write_text(json.dumps({"ends": clock.ends, "lengths": lengths, "versions": versions}))
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    models = [trainer.model] + ([trainer.ref_model] if trainer.ref_model is not None else [])
+    found = {
+        "ends": clock.ends,
+        "lengths": [entry["completions/mean_length"] for entry in logged],
+        "num_tokens": logged[-1]["num_tokens"],  # prompts and completions, counted by TRL
+        "kl": [entry.get("kl") for entry in logged],
+        "reference": trainer.ref_model is not None,
+        "dtypes": sorted({str(p.dtype) for model in models for p in model.parameters()}),
+        "threads": torch.get_num_threads(),
+        "versions": {"trl": trl.__version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+    Path(out).write_text(json.dumps(found))
 
 
 def config(spec: dict[str, Any]) -> trl.GRPOConfig:
@@ -65,18 +75,20 @@ def config(spec: dict[str, Any]) -> trl.GRPOConfig:
         num_generations=spec["n"],
         max_completion_length=spec["tokens"],
         generation_kwargs={"min_new_tokens": spec["tokens"]},
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
+        temperature=spec["temperature"],
+        top_p=spec["top_p"],
+        top_k=spec["top_k"],
         beta=spec["kl"],
+        epsilon=spec["clip"][0],
+        epsilon_high=spec["clip"][1],
         loss_type="dapo",  # one mean over all tokens of the batch, as aggregate: token
         learning_rate=spec["learning_rate"],
         lr_scheduler_type="constant",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        gradient_checkpointing=False,
+        adam_beta1=spec["betas"][0],
+        adam_beta2=spec["betas"][1],
+        weight_decay=spec["weight_decay"],
+        max_grad_norm=spec["max_grad_norm"],
+        gradient_checkpointing=spec["gradient_checkpointing"],
         shuffle_dataset=False,
         save_strategy="no",
         report_to=[],
