@@ -1,6 +1,6 @@
-"""One Headroom arm in a process of its own: a real run, or one of its stages alone.
+"""One Headroom arm in a process of its own: a real run, or one of its stages alone; or just the prompts of a run.
 
-python -m benchmarks.arm train|generator|learner OUT CONFIG [key=value …]
+python -m benchmarks.arm train|generator|learner|prompts OUT CONFIG [key=value …]
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Coroutine
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from configs.load import load
 from configs.schema import Recipe
 from trainers.batch import assemble
 from trainers.spool import read, read_metrics
-from trainers.types import Group, Prompt
+from trainers.types import Group
 
 KEPT = (
     *("sync/seconds", "sync/logprob_gap", "time/step", "kl/reference"),
@@ -116,16 +117,18 @@ def stage(recipe: Recipe, body: Callable[[Recipe, Cast], Coroutine[Any, Any, dic
         ray.shutdown()
 
 
-def prompts_of(recipe: Recipe) -> list[Prompt]:
-    """Return the prompts that a run of this recipe admits, in order."""
-
-    prompts = iter(load_prompts(recipe))
-    return [next(prompts) for _ in range(recipe.run.steps * recipe.loop.batch_prompts)]
+def prompts_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the prompts that a run of this recipe admits, in order, and how many tokens they have together."""
+    prompts = list(islice(load_prompts(recipe), recipe.run.steps * recipe.loop.batch_prompts))
+    return {
+        "prompts": [list(prompt.messages) for prompt in prompts],
+        "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
+    }
 
 
 if __name__ == "__main__":
     mode, out, config, *overrides = sys.argv[1:]
     chosen = load(config, overrides)
-    bodies = {"generator": generate_only, "learner": learn_only}
-    found = whole_run(chosen) if mode == "train" else stage(chosen, bodies[mode])
+    whole, stages = {"train": whole_run, "prompts": prompts_of}, {"generator": generate_only, "learner": learn_only}
+    found = whole[mode](chosen) if mode in whole else stage(chosen, stages[mode])
     Path(out).write_text(json.dumps(found))

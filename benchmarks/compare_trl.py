@@ -4,6 +4,7 @@ python -m benchmarks.compare_trl CONFIG --trl-python PYTHON [key=value …]
 """
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import recipes
-from benchmarks.arm import prompts_of
 from benchmarks.measure import Trace, environment, interleaved, interval, pool, ratio, report, run_arm
 from configs.errors import UserError
 from configs.load import load
@@ -45,21 +45,25 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="torch threads of TRL: all the cores it is given")
     options = parser.parse_args()
     root = options.out.resolve() / time.strftime("trl-%Y%m%d-%H%M%S")
-    recipe = load(options.config, recipes.overrides(options, root / "prompts"))
+    chosen = recipes.overrides(options, root / "prompts")
+    recipe = load(options.config, chosen)
     check_comparable(recipe)
     recipes.check_steps(recipe, options.warm_up)
     samples, tail = recipe.loop.batch_prompts * recipe.sampling.n, recipes.tail(recipe)
-    specification = root / "trl.json"
-    spec = trl_spec(recipe, root, options.trl_accumulation, options.threads)
     root.mkdir(parents=True)
+    specification = root / "trl.json"
+    # In a process of its own: this one stays small and idle beside the arms.
+    command = recipes.arm_command(sys.executable, "prompts", specification, options.config, chosen)
+    subprocess.run(command, check=True)
+    spec = trl_spec(recipe, root, options.trl_accumulation, options.threads) | json.loads(specification.read_text())
     specification.write_text(json.dumps(spec))
     result = {"environment": environment(), "options": {**vars(options), "out": str(options.out)}}
     traces: dict[str, list[Trace]] = {"headroom": [], "trl": []}
     for number, arm in enumerate(interleaved(["headroom", "trl"], options.rounds)):
         out = root / f"{number}-{arm}.json"
         if arm == "headroom":
-            chosen = recipes.overrides(options, root / f"{number}-run")
-            command = recipes.arm_command(sys.executable, "train", out, options.config, chosen)
+            mine = recipes.overrides(options, root / f"{number}-run")
+            command = recipes.arm_command(sys.executable, "train", out, options.config, mine)
         else:
             command = [options.trl_python, str(Path(__file__).with_name("trl_arm.py")), str(out), str(specification)]
         print(f"{number + 1}/{2 * options.rounds} {arm}", flush=True)
@@ -79,9 +83,8 @@ def main() -> None:
 
 
 def trl_spec(recipe: Recipe, root: Path, accumulation: int, threads: int) -> dict[str, object]:
-    """Return what the TRL arm must hold equal to the recipe, prompts included."""
+    """Return what the TRL arm must hold equal to the recipe, prompts aside."""
     kl, optimizer = recipe.algorithm.kl, recipe.learner.optimizer
-    prompts = prompts_of(recipe)
     return {
         "model": recipe.model.path,
         "dtype": recipe.model.dtype,
@@ -103,8 +106,6 @@ def trl_spec(recipe: Recipe, root: Path, accumulation: int, threads: int) -> dic
         "reward": recipe.reward.components[0].function,
         "accumulation": accumulation,
         "threads": threads,
-        "prompts": [list(prompt.messages) for prompt in prompts],
-        "prompt_tokens": sum(len(prompt.token_ids) for prompt in prompts),
     }
 
 
