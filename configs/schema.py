@@ -33,7 +33,7 @@ class Run(Section):
     steps: int = Field(100, ge=1)
     checkpoint_every: int = Field(10, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
-    """Newest checkpoints kept for resuming; the best by the primary evaluation is kept besides."""
+    """Newest checkpoints kept for resuming; the best version by the primary evaluation is kept besides, as a model."""
     prepare: str | None = None
     """`module:function` called with the recipe before every run; makes what is missing of its models and data."""
 

@@ -86,17 +86,12 @@ def test_a_write_that_fails_leaves_nothing_under_the_name(tmp_path: Path) -> Non
     assert checkpoint.find_latest(tmp_path) is None
 
 
-def test_the_last_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_the_newest_are_kept(tmp_path: Path) -> None:
     for step in range(1, 7):
         checkpoint.save(tmp_path, step, write, meta(step))
-    assert [checkpoint.mark_best(tmp_path, s, score) for s, score in ((2, 1.0), (3, 0.5), (4, float("nan")))] == [
-        True,
-        False,
-        False,
-    ]
-    gone = checkpoint.prune(tmp_path, keep=2, protect={4})
-    assert [path.name for path in gone] == ["step-000001", "step-000003"]
-    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{s:06d}" for s in (2, 4, 5, 6)]
-    assert checkpoint.best(tmp_path) == (tmp_path / "step-000002", 1.0)
-    checkpoint.save(tmp_path, 2, write, meta(2))  # trained again after a rollback: other weights, no score yet
-    assert checkpoint.best(tmp_path) is None
+    gone = checkpoint.prune(tmp_path, keep=2)
+    assert [path.name for path in gone] == [f"step-{step:06d}" for step in (1, 2, 3, 4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000005", "step-000006"]
+    assert checkpoint.prune(tmp_path, keep=3) == []
+    checkpoint.save(tmp_path, 6, write, meta(7))  # trained again after a rollback
+    assert checkpoint.find_latest(tmp_path) == (tmp_path / "step-000006", meta(7))

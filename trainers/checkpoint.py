@@ -1,7 +1,6 @@
 """Checkpoints that are complete or absent.
 
     checkpoints/step-000010/manifest.json     what belongs to it: size and sha256 of each file, and the meta
-    checkpoints/best.json                     which step the primary evaluation liked best
 
 A checkpoint is written beside its place, flushed to disk and then renamed into it, so a kill leaves
 either all of it or a temporary directory that the next save clears away.
@@ -10,17 +9,15 @@ either all of it or a temporary directory that the next save clears away.
 import hashlib
 import json
 import logging
-import math
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from trainers.rundir import content_hash, sync_directory, write_atomic
 
 MANIFEST = "manifest.json"
-BEST = "best.json"
 TEMPORARY = ".tmp-"
 
 log = logging.getLogger(__name__)
@@ -52,9 +49,6 @@ def save(root: Path, step: int, write: Callable[[Path], None], meta: Mapping[str
     for directory in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
         sync_directory(directory)
     if final.exists():
-        marked = best(root)
-        if marked and marked[0] == final:
-            (root / BEST).unlink()  # the score was of weights that are no more
         final.rename(root / f"{TEMPORARY}replaced-{final.name}")
     temporary.rename(final)
     sync_directory(root)
@@ -96,35 +90,10 @@ def find_latest(root: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def mark_best(root: Path, step: int, score: float) -> bool:
-    """Remember `step` if its score (higher is better) beats the best so far; say whether it did.
-
-    Raises ValueError if the step has no checkpoint.
-    """
-    if not (root / name_of(step)).is_dir():
-        raise ValueError(f"step {step} has no checkpoint in {root}: it cannot be the best")
-    known = best(root)
-    if math.isnan(score) or (known is not None and score <= known[1]):
-        return False
-    write_atomic(root / BEST, json.dumps({"step": step, "score": score}) + "\n")
-    return True
-
-
-def best(root: Path) -> tuple[Path, float] | None:
-    """Return the best checkpoint and its score, if one was marked and is still there."""
-    if not (root / BEST).exists():
-        return None
-    marked = json.loads((root / BEST).read_text())
-    path = root / name_of(marked["step"])
-    return (path, float(marked["score"])) if path.is_dir() else None
-
-
-def prune(root: Path, keep: int, protect: Collection[int] = ()) -> list[Path]:
-    """Delete all but the `keep` newest checkpoints, the best and those of `protect`; return what went."""
+def prune(root: Path, keep: int) -> list[Path]:
+    """Delete all but the `keep` newest checkpoints; return what went."""
     checkpoints = _checkpoints(root)
-    kept = {*sorted(checkpoints)[-keep:], *protect}
-    marked = best(root)
-    gone = [path for step, path in checkpoints.items() if step not in kept and (not marked or path != marked[0])]
+    gone = [checkpoints[step] for step in sorted(checkpoints)[:-keep]]
     for path in gone:
         path.rename(root / f"{TEMPORARY}pruned-{path.name}")  # a kill while deleting leaves no half checkpoint
     clear_leftovers(root)

@@ -138,7 +138,7 @@ class RunJournal:
             "mlflow_run_id": self._tracker.run_id,
         }
         path = await asyncio.to_thread(checkpoint.save, self._rundir.checkpoints, version, write, meta)
-        checkpoint.prune(self._rundir.checkpoints, keep=self._recipe.run.keep_checkpoints, protect=())
+        checkpoint.prune(self._rundir.checkpoints, keep=self._recipe.run.keep_checkpoints)
         self._saved = version
         self._tracker.log_checkpoint(path, version)
 
