@@ -1,12 +1,18 @@
 """What a vLLM engine is started with, what it counts, and how its samples are seeded; vllm itself is not needed."""
 
 import hashlib
+import os
+import select
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from configs.schema import SamplingParams
 from trainers.types import Sampling
+
+OWNER = "HEADROOM_ENGINE_OWNER"  # environment of vLLM's processes: the process that started them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,3 +64,23 @@ def sampling_of(params: SamplingParams) -> Sampling:
         stop=tuple(params.stop),
         extra=params.extra,
     )
+
+
+def end_with_owner() -> None:
+    """Run in a vLLM worker: end it and its EngineCore as soon as the process that started them is gone.
+
+    An actor that was killed cannot close its engine, and EngineCore does not look: it would wait for ever and keep
+    its memory. A worker that vLLM did not start as a child of that process (its Ray executor's) is left to Ray.
+    """
+    if owner := int(os.environ.get(OWNER, 0)):
+        threading.Thread(target=_wait_and_end, args=(owner, os.getppid()), name="owner", daemon=True).start()
+
+
+def _wait_and_end(owner: int, parent: int) -> None:
+    try:
+        select.select([os.pidfd_open(owner)], [], [])
+    except ProcessLookupError:
+        pass  # gone already
+    if parent != owner and os.getppid() == parent:  # else this is EngineCore itself, or an orphan of it
+        os.kill(parent, signal.SIGKILL)
+    os._exit(1)

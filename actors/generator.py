@@ -26,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from actors.engine import EngineOptions, EngineStats, sample_seed
+from actors.engine import OWNER, EngineOptions, EngineStats, sample_seed
 from actors.weight_sync import BACKEND, WORKER_EXTENSION, Mailbox, NcclGroup, load_weights, register_with_vllm
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
 
@@ -41,7 +41,8 @@ class Engine:
     """vLLM's AsyncLLM with a policy version: what generator and evaluator share.
 
     At most `max_num_seqs` requests are handed to vLLM at once and none while weights load, so each request is
-    salted with the version whose KV blocks it may reuse.
+    salted with the version whose KV blocks it may reuse. One of these places is kept for probes: a load waits for
+    their answers, and training for the load.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -50,7 +51,7 @@ class Engine:
         self.version = -1  # nothing loaded
         self.broken: str | None = None
         self._llm: AsyncLLM | None = None
-        self._slots = asyncio.Semaphore(1)
+        self._slots = self._probe_slot = asyncio.Semaphore(1)
         self._open = asyncio.Event()
         self._loading = asyncio.Lock()
         self._serial = 0  # a retried sample needs a fresh request id
@@ -64,12 +65,14 @@ class Engine:
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=counts)
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
-        self._slots = asyncio.Semaphore(self._engine.vllm_config.scheduler_config.max_num_seqs)
+        places = self._engine.vllm_config.scheduler_config.max_num_seqs
+        self._slots = asyncio.Semaphore(max(1, places - 1))
+        self._probe_slot = asyncio.Semaphore(1) if places > 1 else self._slots
         self._changed = time.monotonic()
         self._open.set()
 
-    async def generate(self, prompt: Prompt, sampling: Sampling) -> Group:
-        """Sample one group, a request per sample.
+    async def generate(self, prompt: Prompt, sampling: Sampling, *, probe: bool = False) -> Group:
+        """Sample one group, a request per sample; as a probe, before those that wait for a place.
 
         Raises DataError if the prompt leaves no room for a token, InfraError if the deadline passes or vLLM died.
         """
@@ -78,7 +81,7 @@ class Engine:
                 f"prompt {prompt.uid} has {len(prompt.token_ids)} tokens, model.max_length is {self.options.max_length}"
             )
         self._check_ready()
-        tasks = [asyncio.create_task(self._sample(prompt, sampling, index)) for index in range(sampling.n)]
+        tasks = [asyncio.create_task(self._sample(prompt, sampling, index, probe)) for index in range(sampling.n)]
         try:
             async with asyncio.timeout(self.options.deadline_s):
                 rollouts = await asyncio.gather(*tasks)
@@ -95,7 +98,7 @@ class Engine:
         """Return (L-1,) log-probs of tokens 1 … L-1 under the loaded weights, at temperature 1."""
         self._check_ready()
         sampling = VllmSampling(max_tokens=1, temperature=0.0, prompt_logprobs=0)
-        _, output = await self._request(f"probe-{self.version}", token_ids, sampling)
+        _, output = await self._request(f"probe-{self.version}", token_ids, sampling, probe=True)
         scored = zip(output.prompt_logprobs[1:], token_ids[1:].tolist(), strict=True)
         return np.array([entry[token].logprob for entry, token in scored], dtype=np.float32)
 
@@ -182,19 +185,21 @@ class Engine:
                 self._open.set()
                 self.stats.paused_s += time.monotonic() - began
 
-    async def _sample(self, prompt: Prompt, sampling: Sampling, index: int) -> Rollout:
+    async def _sample(self, prompt: Prompt, sampling: Sampling, index: int, probe: bool) -> Rollout:
         seed = sample_seed(self.options.run, prompt.uid, index)
         uid = f"{prompt.uid}-s{index}"
-        salt, output = await self._request(uid, prompt.token_ids, _vllm_sampling(sampling, seed))
+        salt, output = await self._request(uid, prompt.token_ids, _vllm_sampling(sampling, seed), probe)
         completion = output.outputs[0]
         self.stats.rollouts += 1
         self.stats.prompt_tokens += len(prompt.token_ids)
         self.stats.completion_tokens += len(completion.token_ids)
         return _rollout(uid, seed, salt, completion)
 
-    async def _request(self, uid: str, token_ids: Ints, sampling: VllmSampling) -> tuple[int, RequestOutput]:
+    async def _request(
+        self, uid: str, token_ids: Ints, sampling: VllmSampling, probe: bool
+    ) -> tuple[int, RequestOutput]:
         """Return the version whose KV blocks the request could reuse, and vLLM's final output."""
-        async with self._slots:
+        async with self._probe_slot if probe else self._slots:
             await self._open.wait()
             version = self.version
             prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"version {version}")
@@ -220,12 +225,12 @@ class Engine:
         self.stats.in_flight += change
 
     def _worker_environment(self) -> dict[str, str]:
-        """Return what vLLM's CPU worker, a child process, reads from its environment."""
-        options = self.options
+        """Return what vLLM's worker, a child process, reads from its environment."""
+        options, environment = self.options, {OWNER: str(os.getpid())}
         if not current_platform.is_cpu():
-            return {}
+            return environment
         binding = ",".join(map(str, options.cores)) or "nobind"
-        environment = {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": binding}  # CI_ENV: no warm-up
+        environment |= {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": binding}  # CI_ENV: no warm-up
         if options.engine.get("enforce_eager", True):
             environment["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-prob waits 12 s for a compiler
         if options.threads:
@@ -264,9 +269,9 @@ class Generator:
         """Start vLLM. Raises InfraError."""
         await self._engine.start()
 
-    async def generate(self, prompt: Prompt, sampling: Sampling | None = None) -> Group:
+    async def generate(self, prompt: Prompt, sampling: Sampling | None = None, *, probe: bool = False) -> Group:
         """Sample one group; see `Engine.generate` for the errors."""
-        return await self._engine.generate(prompt, sampling or self._sampling)
+        return await self._engine.generate(prompt, sampling or self._sampling, probe=probe)
 
     async def load(self, weights: Weights) -> None:
         """Sample from `weights` from now on; see `Engine.load` for the errors."""

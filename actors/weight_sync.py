@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
+from actors.engine import end_with_owner
 from configs.errors import UserError
 from trainers.types import InfraError, Weights
 
@@ -274,6 +275,10 @@ def register_with_vllm() -> None:
         """Receives one version from a safetensors file, or from vLLM's NCCL broadcast once a group was joined."""
 
         update_info_cls = UpdateInfo
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            end_with_owner()  # what of ours runs earliest in the worker
 
         def start_weight_update(self) -> None:
             """Do nothing: the old weights stay usable until the new ones are known to be readable."""

@@ -58,7 +58,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     tiny_model(directory, tied=tied, max_length=MAX_LENGTH)
     options = EngineOptions(
         model_path=str(directory), run=str(directory), dtype="float32", max_length=MAX_LENGTH, kv_cache_gb=0.1,
-        threads=1,
+        threads=1, engine={"max_num_seqs": 64},
     )  # fmt: skip
     with asyncio.Runner() as runner:
         served = Served(Engine(options), runner, Mailbox(options.run), directory, tied)
@@ -197,6 +197,26 @@ def test_a_deadline_aborts_and_the_engine_goes_on(served: Served) -> None:
     group = served.run(served.engine.generate(prompt(), Sampling(n=2, max_tokens=8)))
     assert decoded_gap(served, group, 1.0) < 1e-4
     assert served.engine.snapshot().in_flight == 0
+
+
+@pytest.mark.slow
+@tied
+def test_a_probe_does_not_wait_for_a_place(served: Served) -> None:
+    places = served.engine.options.engine["max_num_seqs"]
+
+    async def race() -> tuple[bool, int]:
+        many = replace(LONG, n=2 * places)
+        group = asyncio.create_task(served.engine.generate(prompt(ids=PROBE[:8]), many))
+        while served.engine.stats.in_flight < places - 1:
+            await asyncio.sleep(0.01)
+        await served.engine.probe(PROBE[:8])
+        await served.engine.generate(prompt("probe", PROBE[:8]), Sampling(n=1, max_tokens=2), probe=True)
+        state = group.done(), served.engine.stats.in_flight
+        group.cancel()
+        await asyncio.wait((group,))
+        return state
+
+    assert served.run(race()) == (False, places - 1)
 
 
 @pytest.mark.slow
