@@ -20,6 +20,7 @@ from actors.reward import RewardActor
 from actors.weight_sync import NcclGroup, choose_transport
 from cluster.group import Clocks, EvaluatorGroup, GeneratorGroup, LearnerGroup, ScorerGroup, call
 from cluster.placement import Placement, all_ready
+from cluster.replicas import Replicas
 from configs.schema import GeneratorConfig, Recipe, Resources
 from trainers.algorithms import ALGORITHMS
 from trainers.data import PromptStream, load_rows, load_tokenizer
@@ -41,21 +42,27 @@ class Cast:
     evaluator: EvaluatorGroup
     clocks: Clocks
     prompts: PromptStream
-    engines: Sequence[Any]  # the actors that run vLLM
-    generators: Mapping[str, Any]  # those of them that serve the loop, by name
+    company: "Company"
+
+    @property
+    def engines(self) -> Sequence[Any]:
+        """The actors that run vLLM now."""
+        return [*self.company.of("generator").values(), *self.company.of("evaluator").values()]
 
     async def gauges(self) -> dict[str, float]:
         """Return what the actors say about their last step."""
         return {**self.generator.gauges(), **await self.clocks.read()}
 
     async def engine_stats(self) -> dict[str, EngineStats]:
-        """Return what each generator's engine counted since its start; gone once the cast is closed."""
-        actors = self.generators.items()
-        found = await asyncio.gather(*(call(a.stats.remote(), f"counts of {name}", CLOSE_S) for name, a in actors))
-        return dict(zip(self.generators, found, strict=True))
+        """Return what each generator's engine counted since its start, without one that is dead or being replaced."""
+        actors = self.company.of("generator")
+        calls = (call(actor.stats.remote(), f"counts of {name}", CLOSE_S) for name, actor in actors.items())
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        return {name: stats for name, stats in zip(actors, found, strict=True) if isinstance(stats, EngineStats)}
 
     async def close(self) -> None:
         """End the engines' own processes, which Ray does not know."""
+        self.generator.close()
         closing = (call(engine.close.remote(), "closing an engine", CLOSE_S) for engine in self.engines)
         await asyncio.gather(*closing, return_exceptions=True)
 
@@ -72,6 +79,11 @@ class Company:
         options = self._placement.options(name) | ({"max_concurrency": concurrency} if concurrency else {})
         self.actors[name] = ray.remote(cls).options(**options).remote(*args, **kwargs)
         return self.actors[name]
+
+    def dismiss(self, name: str) -> None:
+        """End the actor of a seat, if there is one; vLLM's processes end with it."""
+        if actor := self.actors.pop(name, None):
+            ray.kill(actor)
 
     def of(self, role: str) -> dict[str, Any]:
         """Return the actors of one role, by name."""
@@ -96,19 +108,24 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
         learner_gpus=recipe.learner.resources.gpus,
         generator_gpus=recipe.generator.resources.gpus,
     )
-    ranks, replicas = list(company.of("learner").values()), list(company.of("generator").values())
+    ranks, replicas = list(company.of("learner").values()), company.of("generator")
     if transport == "nccl":
-        await connect_nccl(ranks[0], replicas, recipe.generator)
+        await connect_nccl(ranks[0], list(replicas.values()), recipe.generator)
     learner = LearnerGroup(
         ranks, list(company.of("critic").values()), version=version, transport=transport, deadline_s=STEP_S
     )
     generator = GeneratorGroup(
-        replicas,
+        Replicas(
+            replicas,
+            lambda name: replace_generator(recipe, company, name),
+            deadline_s=recipe.generator.deadline_s,
+            retries=recipe.generator.retries,
+            # An nccl group stays as it was joined: no broadcast gets past a dead member.
+            max_restarts=0 if transport == "nccl" else recipe.generator.max_restarts,
+        ),
         sampling_of(recipe.sampling),
         probe=dataclasses.replace(prompts[0], token_ids=prompts[0].token_ids[:PROBE_TOKENS]),
         learner=learner,
-        deadline_s=recipe.generator.deadline_s,
-        retries=recipe.generator.retries,
     )
     evaluator = EvaluatorGroup(
         company.actors.get("evaluator-0"),
@@ -127,21 +144,37 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
             if company.of(role)
         ],
         clocks=Clocks(company.actors),
-        engines=[*replicas, *company.of("evaluator").values()],
-        generators=company.of("generator"),
+        company=company,
     )
 
 
 def hire_engines(recipe: Recipe, company: Company) -> dict[str, Any]:
     """Create what runs vLLM and return the calls that start it; it needs no weights yet, only tokenizer and config."""
-    run = Path(recipe.run.dir.format(name=recipe.run.name)).resolve().as_posix()
-    sampling = sampling_of(recipe.sampling)
     for i in range(recipe.generator.replicas):
-        options = engine_options(recipe, recipe.generator, run)
-        company.hire(Generator, f"generator-{i}", options, sampling, concurrency=1000)
+        hire_generator(recipe, company, f"generator-{i}")
     if recipe.evaluation.tasks:
-        company.hire(EvaluatorActor, "evaluator-0", recipe, run, concurrency=4)
+        company.hire(EvaluatorActor, "evaluator-0", recipe, run_path(recipe), concurrency=4)
     return {name: actor.start.remote() for name, actor in company.actors.items()}
+
+
+def hire_generator(recipe: Recipe, company: Company, name: str) -> Any:
+    """Create one generator replica."""
+    options = engine_options(recipe, recipe.generator, run_path(recipe))
+    return company.hire(Generator, name, options, sampling_of(recipe.sampling), concurrency=1000)
+
+
+async def replace_generator(recipe: Recipe, company: Company, name: str) -> Any:
+    """Put a new generator on the seat of a dead one and start its engine. Raises InfraError if it does not come up."""
+    company.dismiss(name)
+    actor = hire_generator(recipe, company, name)
+    del company.actors[name]  # until it answers
+    try:
+        await all_ready({name: actor.start.remote()}, recipe.generator.startup_s)
+    except BaseException:
+        ray.kill(actor)
+        raise
+    company.actors[name] = actor
+    return actor
 
 
 def hire_networks(recipe: Recipe, company: Company) -> None:
@@ -210,6 +243,11 @@ async def connect_nccl(learner: Any, replicas: Sequence[Any], config: GeneratorC
     group = NcclGroup(master_address=address, master_port=port, world_size=1 + workers * len(replicas))
     joins = [replica.join.remote(group, 1 + i * workers) for i, replica in enumerate(replicas)]
     await asyncio.gather(*(call(c, "nccl rendezvous", STARTUP_S) for c in (learner.connect.remote(group), *joins)))
+
+
+def run_path(recipe: Recipe) -> str:
+    """Return the absolute run directory: it salts seeds and names the shared-memory files."""
+    return Path(recipe.run.dir.format(name=recipe.run.name)).resolve().as_posix()
 
 
 def engine_options(recipe: Recipe, config: GeneratorConfig, run: str) -> EngineOptions:

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
 
 from actors.weight_sync import Transport
-from configs.errors import UserError
+from cluster.calls import call
+from cluster.replicas import BACK_OFF_S, Replicas
 from trainers.evaluations import milestones
 from trainers.types import (
     Batch,
@@ -28,35 +28,7 @@ from trainers.types import (
 )
 
 log = logging.getLogger("headroom")
-BACK_OFF_S = 1.0
 PROBE_DECODES = 8  # tokens that a probe decodes after each load
-
-
-async def call(reference: Any, what: str, deadline_s: float) -> Any:
-    """Await a remote call and raise its own error, or InfraError when the actor or the deadline failed."""
-    try:
-        return await asyncio.wait_for(answer(reference, what), deadline_s)
-    except TimeoutError:
-        raise InfraError(f"{what}: no answer after {deadline_s:g} s") from None
-
-
-async def answer(reference: Any, what: str) -> Any:
-    """Await a remote call without a deadline; errors as in `call`."""
-    try:
-        return await reference
-    except RayTaskError as error:
-        raise error.cause if isinstance(error.cause, Exception) else error from error
-    except RayError as error:  # a dead actor or node, a lost object, no memory
-        if isinstance(error, RayActorError) and error.actor_init_failed:
-            raise _from_constructor(what, str(error)) from error
-        raise InfraError(f"{what}: {str(error).splitlines()[0]}") from error
-
-
-def _from_constructor(what: str, text: str) -> Exception:
-    """Classify by its text what an actor's constructor raised: Ray keeps nothing else of it."""
-    last = text.strip().splitlines()[-1]
-    mine = f"{UserError.__module__}.{UserError.__name__}: "
-    return UserError(last.removeprefix(mine)) if last.startswith(mine) else InfraError(f"{what}: {last}")
 
 
 class LeastLoaded:
@@ -88,41 +60,21 @@ class LeastLoaded:
 class GeneratorGroup:
     """N generator replicas that serve one policy version."""
 
-    def __init__(
-        self,
-        replicas: Sequence[Any],
-        sampling: Sampling,
-        *,
-        probe: Prompt,
-        learner: "LearnerGroup",
-        deadline_s: float,
-        retries: int,
-    ) -> None:
-        self._replicas = LeastLoaded(replicas)
+    def __init__(self, replicas: Replicas, sampling: Sampling, *, probe: Prompt, learner: "LearnerGroup") -> None:
+        self._replicas = replicas
         self._sampling = sampling
         self._probe = probe
         self._learner = learner
-        self._deadline_s = deadline_s
-        self._retries = retries
         self._gauges: dict[str, float] = {}
 
     async def generate(self, prompt: Prompt) -> Group:
         """Sample one group on the least loaded replica."""
-        return await self._replicas.request(
-            "generate",
-            prompt,
-            self._sampling,
-            what=f"generating {prompt.uid}",
-            deadline_s=self._deadline_s,
-            retries=self._retries,
-        )
+        return await self._replicas.request("generate", prompt, self._sampling, what=f"generating {prompt.uid}")
 
     async def load(self, weights: Weights) -> None:
         """Load `weights` on every replica, and measure how far each is from the learner on the probe."""
         began = time.monotonic()
-        what = f"loading version {weights.version}"
-        loads = [replica.load.remote(weights) for replica in self._replicas.replicas]
-        await asyncio.gather(self._learner.send(weights), *(call(load, what, self._deadline_s) for load in loads))
+        await asyncio.gather(self._learner.send(weights), self._replicas.load(weights))
         self._gauges["sync/seconds"] = self._learner.publish_seconds + time.monotonic() - began
         self._gauges["sync/logprob_gap"] = await self._prompt_gap()
         self._gauges["rollout/behaviour_gap"] = await self._decode_gap(weights.version)
@@ -130,8 +82,7 @@ class GeneratorGroup:
     async def _prompt_gap(self) -> float:
         """Compare every replica's log-probs of the probe's prompt with the learner's: is the load exact?"""
         ids = self._probe.token_ids
-        probes = (replica.probe.remote(ids) for replica in self._replicas.replicas)
-        found = await asyncio.gather(*(call(probe, "probing the generator", self._deadline_s) for probe in probes))
+        found = await self._replicas.probe("probe", ids)
         expected = await self._learner.probe_logprobs(ids)
         return max(float(np.abs(logprobs - expected).max()) for logprobs in found)
 
@@ -142,14 +93,25 @@ class GeneratorGroup:
         """
         sampling = dataclasses.replace(self._sampling, n=1, max_tokens=min(PROBE_DECODES, self._sampling.max_tokens))
         prompt = dataclasses.replace(self._probe, uid=f"probe-v{version}")
-        reply = self._replicas.replicas[version % len(self._replicas.replicas)].generate.remote(prompt, sampling)
-        rollout = (await call(reply, "answering the probe", self._deadline_s)).rollouts[0]
+        group = await self._replicas.request(
+            "generate",
+            prompt,
+            sampling,
+            what="answering the probe",
+            choose=lambda replicas: replicas[version % len(replicas)],
+            probe=True,
+        )
+        rollout = group.rollouts[0]
         expected = await self._learner.sampled_logprobs(prompt.token_ids, rollout.token_ids)
         return float(np.abs(rollout.logprobs - expected).mean())
 
     def gauges(self) -> Mapping[str, float]:
-        """Return what the last load took and how exact it was."""
-        return self._gauges
+        """Return what the last load took and how exact it was, and how many replicas were replaced."""
+        return {**self._gauges, "generator/restarts": float(self._replicas.restarts)}
+
+    def close(self) -> None:
+        """Give up what is being replaced."""
+        self._replicas.close()
 
 
 class ScorerGroup:
@@ -264,14 +226,23 @@ class Clocks:
 
     def __init__(self, actors: Mapping[str, Any]) -> None:
         self._actors = actors  # name -> handle with `times()`: seconds busy and waiting since its start
-        self._last = dict.fromkeys(actors, 0.0)
+        self._last: dict[str, float] = {}
 
     async def read(self) -> dict[str, float]:
-        """Return `time/<actor>_busy`: seconds since the last reading."""
-        handles = self._actors.items()
-        totals = await asyncio.gather(*(call(actor.times.remote(), f"times of {name}", 60) for name, actor in handles))
+        """Return `time/<actor>_busy`: seconds since the last reading, without actors that are dead or away."""
+        actors = dict(self._actors)
+        totals = await asyncio.gather(*(self._busy(name, actor) for name, actor in actors.items()))
         busy = {}
-        for name, total in zip(self._actors, totals, strict=True):
-            busy[f"time/{name}_busy"] = total["busy"] - self._last[name]
-            self._last[name] = total["busy"]
+        for name, total in zip(actors, totals, strict=True):
+            if total is not None:
+                last = self._last.get(name, 0.0)
+                busy[f"time/{name}_busy"] = total - last if total >= last else total  # less: another actor sits there
+                self._last[name] = total
         return busy
+
+    async def _busy(self, name: str, actor: Any) -> float | None:
+        try:
+            return float((await call(actor.times.remote(), f"times of {name}", 60))["busy"])
+        except InfraError as error:
+            log.debug("%s", error)  # whoever needs this actor will say so
+            return None

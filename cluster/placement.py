@@ -7,10 +7,10 @@ from collections.abc import Awaitable, Mapping
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.group import answer
+from cluster.calls import answer
 from configs.errors import UserError
 from configs.schema import Recipe, Resources
 from configs.seats import seats
@@ -39,6 +39,11 @@ class Placement:
                 f"no place for the actors: they ask for {asked['CPU']:g} CPUs and {asked['GPU']:g} GPUs, the cluster "
                 f"has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}; lower *.resources or replicas, or add nodes"
             ) from None
+
+    def nodes(self) -> list[str]:
+        """Return the ids of the nodes that hold bundles, in the order of the seats. Call it when ready."""
+        bundles: Mapping[int, str] = placement_group_table(self._group)["bundles_to_node_id"]
+        return list(dict.fromkeys(node for _, node in sorted(bundles.items())))
 
     def options(self, name: str) -> dict[str, Any]:
         """Return the Ray options of the actor on seat `name`."""

@@ -213,7 +213,11 @@ class GeneratorConfig(Section):
     deadline_s: float = Field(300, gt=0)
     """For one group, queueing included."""
     startup_s: float = Field(300, gt=0)
+    """For the replacement of a dead replica to come up."""
     retries: int = Field(2, ge=0)
+    """Of a request that failed on a replica that is alive, elsewhere if possible, with back-off."""
+    max_restarts: int = Field(2, ge=0)
+    """How often a replica that died is replaced before the run ends; with nccl, never."""
     kv_cache_gb: float = Field(1, gt=0)
     """KV cache on CPU engines; GPU engines take gpu_memory_utilization in `engine`."""
     engine: dict[str, Any] = {}
