@@ -17,6 +17,7 @@ from actors.evaluator import EvaluatorActor
 from actors.weight_sync import weights_from_directory
 from cluster.cast import CLOSE_S, STARTUP_S, Cast, start_cast
 from cluster.group import EvaluatorGroup, call
+from cluster.nodes import watch_nodes
 from cluster.placement import Placement, all_ready
 from cluster.progress import Progress
 from configs.errors import UserError
@@ -106,6 +107,8 @@ async def _train(recipe: Recipe, rundir: RunDir) -> Finished:
     with Tracker(recipe, rundir, incarnation=incarnation) as tracker:
         placement = Placement(recipe)
         await placement.ready()
+        nodes = placement.nodes() if recipe.tracking.system_metrics else []
+        watching = asyncio.create_task(watch_nodes(nodes, tracker))
         cast = await start_cast(recipe, placement, meta["version"])
         try:
             if found:
@@ -113,6 +116,7 @@ async def _train(recipe: Recipe, rundir: RunDir) -> Finished:
             journal = await _run(recipe, rundir, tracker, cast, meta, incarnation)
             engines = await cast.engine_stats()
         finally:
+            watching.cancel()
             await cast.close()
         figure = draw(recipe, rundir, journal.best)
         tracker.log_figure(figure)
