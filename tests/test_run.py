@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import psutil
 import pytest
 import yaml
 from ray.cluster_utils import Cluster
@@ -99,7 +100,17 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def test_killed_twice_asked_to_end_and_resumed_exactly_once(tmp_path: Path) -> None:
+def kill_generator(driver: subprocess.Popen[str]) -> None:
+    """Kill the actor of the generator, and see vLLM's processes, which are its children, end by themselves."""
+    below = psutil.Process(driver.pid).children(recursive=True)
+    [actor] = [process for process in below if process.name().startswith("ray::Generator")]
+    engine = actor.children(recursive=True)
+    assert len(engine) >= 2, engine  # EngineCore and its worker
+    actor.kill()
+    assert not psutil.wait_procs(engine, timeout=60)[1]
+
+
+def test_killed_three_times_asked_to_end_and_resumed_exactly_once(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     run = tmp_path / "run"
     first = launch(config)
@@ -109,7 +120,9 @@ def test_killed_twice_asked_to_end_and_resumed_exactly_once(tmp_path: Path) -> N
     )
     assert second.returncode == 2 and "another launch" in second.stderr, second.stderr
     wait_for(lambda: (run / "ledger.jsonl").exists() and len(_lines(run / "ledger.jsonl")) >= 3, first, config)
+    below = psutil.Process(first.pid).children(recursive=True)
     kill(first)
+    assert not psutil.wait_procs(below, timeout=60)[1]  # no engine lives on beside that of the resume
 
     again = launch(config)
     checkpoints = run / "checkpoints"
@@ -126,7 +139,12 @@ def test_killed_twice_asked_to_end_and_resumed_exactly_once(tmp_path: Path) -> N
     saved = find_latest(checkpoints)
     assert saved is not None and saved[1]["version"] == len(_lines(run / "ledger.jsonl"))
 
-    finish(launch(config), config)
+    fourth = launch(config)
+    wait_for(lambda: '"incarnation": 3' in (run / "ledger.jsonl").read_text(), fourth, config)
+    kill_generator(fourth)
+    finish(fourth, config)  # on its replacement: there is no other replica
+    log = config.with_suffix(".log").read_text()
+    assert "replacing generator-0 (1 of 2)" in log and "generator-0 serves again" in log
     ledger = Ledger(run / "ledger.jsonl")
     entries = list(ledger)
     assert [entry.step for entry in entries] == list(range(1, STEPS + 1))
@@ -151,6 +169,10 @@ def _check_tracking(where: Path, run: Path) -> None:
     for key in EVERY_STEP:
         versions = {metric.step for metric in client.get_metric_history(run_id, key)}
         assert versions == set(range(1, STEPS + 1)), key
+    served = {metric.step: metric.value for metric in client.get_metric_history(run_id, "generator/restarts")}
+    assert served[STEPS] == 1
+    busy = {metric.step: metric.value for metric in client.get_metric_history(run_id, "time/generator-0_busy")}
+    assert all(busy[version] >= 0 for version in busy) and busy[STEPS - 1] > 0
     evaluated = {metric.step for metric in client.get_metric_history(run_id, "eval/held/length")}
     assert evaluated == set(range(0, STEPS + 1, 2))
     gaps = [metric.value for metric in client.get_metric_history(run_id, "sync/logprob_gap")]
@@ -179,7 +201,12 @@ def test_the_same_recipe_on_two_nodes_with_a_critic(tmp_path: Path, two_nodes: C
     assert [entry.step for entry in Ledger(tmp_path / "run" / "ledger.jsonl")] == [1, 2]
     mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
     run_id = (tmp_path / "run" / "mlflow_run_id").read_text().strip()
-    assert len(mlflow.MlflowClient().get_metric_history(run_id, "loss/value")) == 2
+    client = mlflow.MlflowClient()
+    assert len(client.get_metric_history(run_id, "loss/value")) == 2
+    logged = client.get_run(run_id)
+    for node in ("driver", "node-1"):  # the actors need both nodes, and the driver is on one of them
+        assert 0 < logged.data.metrics[f"system/{node}/system_memory_usage_percentage"] < 100
+    assert {tag for tag in logged.data.tags if tag.startswith("system.")} == {"system.node-1"}
 
 
 def _lines(path: Path) -> list[str]:
