@@ -74,6 +74,9 @@ def run_arm(
         watcher.start()
         try:
             code = process.wait()
+        except BaseException:
+            process.terminate()  # an arm that nobody measures would only take the cores
+            raise
         finally:
             done.set()
             watcher.join()
