@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--trl-python", default=sys.executable, help="the interpreter that has trl")
     parser.add_argument("--trl-accumulation", type=int, default=1, help="micro-batches of a TRL step")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of TRL: all the cores it is given")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides may follow options
     root = options.out.resolve() / time.strftime("trl-%Y%m%d-%H%M%S")
     chosen = recipes.overrides(options, root / "prompts")
     recipe = load(options.config, chosen)

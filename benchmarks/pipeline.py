@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--generator-core", type=int, default=0)
     parser.add_argument("--other-core", type=int, default=1, help="learner, reference, scorers, driver and Ray")
     parser.add_argument("--shared", action="store_true", help="pin nothing; reported without a goal")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()  # overrides may follow options
     root = options.out.resolve() / time.strftime("pipeline-%Y%m%d-%H%M%S")
     chosen = [*recipes.overrides(options, root / "unused"), "learner.threads=1"]
     recipe = load(options.config, chosen)

@@ -67,12 +67,12 @@ def test_intervals_hold_the_median_and_arms_alternate() -> None:
 
 
 def benchmarked(tmp_path: Path, *words: str) -> Any:
-    options = recipes.arguments("").parse_args([str(QUICKSTART), *words])
+    options = recipes.arguments("").parse_intermixed_args([str(QUICKSTART), *words])
     return load(options.config, recipes.overrides(options, tmp_path))
 
 
 def test_too_few_steps_are_refused_before_anything_runs(tmp_path: Path) -> None:
-    recipe = benchmarked(tmp_path, "--steps", "6")
+    recipe = benchmarked(tmp_path, "--steps", "6", "loop.staleness=1")
     with pytest.raises(UserError, match="give --steps 7 or more"):
         recipes.check_steps(recipe, warm_up=3)
     recipes.check_steps(recipe, warm_up=2)
