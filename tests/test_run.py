@@ -102,12 +102,27 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 def kill_generator(driver: subprocess.Popen[str]) -> None:
     """Kill the actor of the generator, and see vLLM's processes, which are its children, end by themselves."""
-    below = psutil.Process(driver.pid).children(recursive=True)
-    [actor] = [process for process in below if process.name().startswith("ray::Generator")]
+    below = {process.pid for process in psutil.Process(driver.pid).children(recursive=True)}
+    titles = {process: "".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
+    [actor] = [p for p, title in titles.items() if p.pid in below and title.startswith("ray::Generator")]
     engine = actor.children(recursive=True)
     assert len(engine) >= 2, engine  # EngineCore and its worker
     actor.kill()
-    assert not psutil.wait_procs(engine, timeout=60)[1]
+    wait_until_gone(engine)
+
+
+def wait_until_gone(processes: list[psutil.Process], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while left := [process for process in processes if alive(process)]:
+        assert time.monotonic() < end, left
+        time.sleep(0.05)
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_killed_three_times_asked_to_end_and_resumed_exactly_once(tmp_path: Path) -> None:
@@ -122,7 +137,7 @@ def test_killed_three_times_asked_to_end_and_resumed_exactly_once(tmp_path: Path
     wait_for(lambda: (run / "ledger.jsonl").exists() and len(_lines(run / "ledger.jsonl")) >= 3, first, config)
     below = psutil.Process(first.pid).children(recursive=True)
     kill(first)
-    assert not psutil.wait_procs(below, timeout=60)[1]  # no engine lives on beside that of the resume
+    wait_until_gone(below)  # no engine lives on beside that of the resume
 
     again = launch(config)
     checkpoints = run / "checkpoints"
