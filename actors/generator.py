@@ -3,7 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,10 +27,11 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from actors.engine import OWNER, EngineOptions, EngineStats, sample_seed
-from actors.weight_sync import BACKEND, WORKER_EXTENSION, Mailbox, NcclGroup, load_weights, register_with_vllm
+from actors.weight_sync import BACKEND, WORKER_EXTENSION, Mailbox, NcclGroup, fetch, load_weights, register_with_vllm
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
 
 register_with_vllm()
+PROBE_TOKENS = 16  # of an answer that is to span a load: enough to be unfinished when vLLM has paused
 
 
 class WorkerExtension:
@@ -118,6 +119,22 @@ class Engine:
             raise InfraError(f"weights of version {version} cannot be read from {path}: {error}") from error
         await self._load(version, {"path": str(path)})
 
+    async def across(self, prompt: Prompt, sampling: Sampling, load: Coroutine[Any, Any, None]) -> Rollout | None:
+        """Run `load` while a probe is being answered; return the answer if it does span both versions."""
+        begun = asyncio.Event()
+        extra = {"output_kind": RequestOutputKind.CUMULATIVE, "ignore_eos": True}
+        whole = replace(sampling, stop=(), extra={**sampling.extra, **extra})
+        answer = asyncio.create_task(self._sample(prompt, whole, 0, True, begun))
+        answer.add_done_callback(lambda _: begun.set())  # also if it failed
+        try:
+            await begun.wait()
+            await load
+            rollout = await answer
+        finally:
+            answer.cancel()
+            await asyncio.gather(answer, return_exceptions=True)
+        return rollout if len([span for span in rollout.spans if span.stop > span.start]) > 1 else None
+
     async def join(self, group: NcclGroup, rank_offset: int) -> None:
         """Enter the learner's nccl group as ranks `rank_offset` … (not run yet: needs GPUs)."""
         info = asdict(group) | {"rank_offset": rank_offset, "packed": True}
@@ -185,10 +202,12 @@ class Engine:
                 self._open.set()
                 self.stats.paused_s += time.monotonic() - began
 
-    async def _sample(self, prompt: Prompt, sampling: Sampling, index: int, probe: bool) -> Rollout:
+    async def _sample(
+        self, prompt: Prompt, sampling: Sampling, index: int, probe: bool, begun: asyncio.Event | None = None
+    ) -> Rollout:
         seed = sample_seed(self.options.run, prompt.uid, index)
         uid = f"{prompt.uid}-s{index}"
-        salt, output = await self._request(uid, prompt.token_ids, _vllm_sampling(sampling, seed), probe)
+        salt, output = await self._request(uid, prompt.token_ids, _vllm_sampling(sampling, seed), probe, begun)
         completion = output.outputs[0]
         self.stats.rollouts += 1
         self.stats.prompt_tokens += len(prompt.token_ids)
@@ -196,17 +215,19 @@ class Engine:
         return _rollout(uid, seed, salt, completion)
 
     async def _request(
-        self, uid: str, token_ids: Ints, sampling: VllmSampling, probe: bool
+        self, uid: str, ids: Ints, sampling: VllmSampling, probe: bool, begun: asyncio.Event | None = None
     ) -> tuple[int, RequestOutput]:
         """Return the version whose KV blocks the request could reuse, and vLLM's final output."""
         async with self._probe_slot if probe else self._slots:
             await self._open.wait()
             version = self.version
-            prompt = TokensPrompt(prompt_token_ids=token_ids.tolist(), cache_salt=f"version {version}")
+            prompt = TokensPrompt(prompt_token_ids=ids.tolist(), cache_salt=f"version {version}")
             self._serial += 1
             self._count_time(change=1)
             try:
                 async for output in self._engine.generate(prompt, sampling, f"{uid}/{self._serial}"):
+                    if begun and output.outputs[0].token_ids:
+                        begun.set()
                     if output.finished and output.outputs[0].finish_reason in ("stop", "length"):
                         return version, output
             except (EngineDeadError, EngineGenerateError) as error:
@@ -266,16 +287,25 @@ class Generator:
         self._mailbox = Mailbox(options.run)
 
     async def start(self) -> None:
-        """Start vLLM. Raises InfraError."""
+        """Start vLLM; see `Engine.start`."""
         await self._engine.start()
 
     async def generate(self, prompt: Prompt, sampling: Sampling | None = None, *, probe: bool = False) -> Group:
         """Sample one group; see `Engine.generate` for the errors."""
         return await self._engine.generate(prompt, sampling or self._sampling, probe=probe)
 
-    async def load(self, weights: Weights) -> None:
-        """Sample from `weights` from now on; see `Engine.load` for the errors."""
-        await load_weights(self._engine, weights, self._mailbox)
+    async def load(self, weights: Weights, probe: Prompt | None = None) -> Rollout | None:
+        """Sample from `weights` from now on; see `Engine.load` for the errors.
+
+        Returns an answer to `probe` that spans both versions, if there was one; never where loads drain.
+        """
+        in_flight = self._engine.options.update == "in_flight" and 0 <= self._engine.version < weights.version
+        if probe is None or not in_flight:
+            await load_weights(self._engine, weights, self._mailbox)
+            return None
+        await fetch(weights, self._mailbox)  # or the probe would be over before the load begins
+        short = replace(self._sampling, max_tokens=min(PROBE_TOKENS, self._sampling.max_tokens))
+        return await self._engine.across(probe, short, load_weights(self._engine, weights, self._mailbox))
 
     async def join(self, group: NcclGroup, rank_offset: int) -> None:
         """Enter the learner's nccl group."""

@@ -176,19 +176,26 @@ async def load_weights(engine: Receiver, weights: Weights, mailbox: Mailbox) -> 
     """
     if weights.version <= engine.version:
         return
+    path = await fetch(weights, mailbox)
+    if path is None:
+        await engine.receive(weights.version, weights.handle)
+        return
+    await engine.load(weights.version, path)
+    mailbox.remove_older(weights.version)
+
+
+async def fetch(weights: Weights, mailbox: Mailbox) -> Path | None:
+    """Return the file of `weights` on this node, written now if need be; None if they come by nccl."""
     handle = weights.handle
     if isinstance(handle, Mapping):
-        await engine.receive(weights.version, handle)
-        return
+        return None
     if isinstance(handle, str | Path):
-        await engine.load(weights.version, Path(handle))
-        return
+        return Path(handle)
     path = mailbox.find(weights.version, weights.hash)
     if path is None:
         buffer: Bytes = await handle if isinstance(handle, Awaitable) else handle
         path = await asyncio.to_thread(mailbox.put, weights.version, buffer, weights.hash)
-    await engine.load(weights.version, path)
-    mailbox.remove_older(weights.version)
+    return path
 
 
 def _file_name(version: int, sha256: str) -> str:

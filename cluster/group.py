@@ -22,6 +22,7 @@ from trainers.types import (
     InfraError,
     Ints,
     Prompt,
+    Rollout,
     Sampling,
     StepStats,
     Weights,
@@ -74,10 +75,14 @@ class GeneratorGroup:
     async def load(self, weights: Weights) -> None:
         """Load `weights` on every replica, and measure how far each is from the learner on the probe."""
         began = time.monotonic()
-        await asyncio.gather(self._learner.send(weights), self._replicas.load(weights))
+        probe = dataclasses.replace(self._probe, uid=f"mixed-v{weights.version}")
+        _, mixed = await asyncio.gather(self._learner.send(weights), self._replicas.load(weights, probe))
         self._gauges["sync/seconds"] = self._learner.publish_seconds + time.monotonic() - began
         self._gauges["sync/logprob_gap"] = await self._prompt_gap()
         self._gauges["rollout/behaviour_gap"] = await self._decode_gap(weights.version)
+        self._gauges.pop("rollout/mixed_gap", None)
+        if mixed:  # where the learner is the slower part, hardly any rollout of a batch spans versions
+            self._gauges["rollout/mixed_gap"] = await self._gap(probe, mixed[weights.version % len(mixed)])
 
     async def _prompt_gap(self) -> float:
         """Compare every replica's log-probs of the probe's prompt with the learner's: is the load exact?"""
@@ -101,7 +106,9 @@ class GeneratorGroup:
             choose=lambda replicas: replicas[version % len(replicas)],
             probe=True,
         )
-        rollout = group.rollouts[0]
+        return await self._gap(prompt, group.rollouts[0])
+
+    async def _gap(self, prompt: Prompt, rollout: Rollout) -> float:
         expected = await self._learner.sampled_logprobs(prompt.token_ids, rollout.token_ids)
         return float(np.abs(rollout.logprobs - expected).mean())
 

@@ -93,11 +93,13 @@ class Replicas:
             finally:
                 replica.in_flight -= 1
 
-    async def load(self, weights: Weights) -> None:
-        """Return when every serving replica has `weights`, and at least one serves."""
+    async def load(self, weights: Weights, *args: Any) -> list[Any]:
+        """Return when every serving replica has `weights`, and at least one serves; what their `load` returned."""
         self._weights = weights
-        await asyncio.gather(*(self._load(replica, weights) for replica in self._all if replica.serving))
+        loads = (self._load(replica, weights, args) for replica in self._all if replica.serving)
+        answers = await asyncio.gather(*loads)
         await self.serving()
+        return [answer for answer in answers if answer is not None]
 
     async def probe(self, method: str, *args: Any) -> list[Any]:
         """Return the answers of all serving replicas, of one at least."""
@@ -112,12 +114,13 @@ class Replicas:
         for task in self._replacing:
             task.cancel()
 
-    async def _load(self, replica: Replica, weights: Weights) -> None:
+    async def _load(self, replica: Replica, weights: Weights, args: Sequence[Any]) -> Any:
         actor = replica.actor
         try:
-            await call(actor.load.remote(weights), f"loading version {weights.version}", self._deadline_s)
+            return await call(actor.load.remote(weights, *args), f"loading version {weights.version}", self._deadline_s)
         except InfraError as error:  # alive or not, without these weights it may not serve
             self._retire(replica, actor, error)
+            return None
 
     async def _probe(self, replica: Replica, method: str, args: Sequence[Any]) -> Any:
         actor = replica.actor

@@ -146,6 +146,19 @@ def test_in_flight_update_is_recorded_in_the_spans(served: Served) -> None:
 
 @pytest.mark.slow
 @tied
+def test_a_probe_across_a_load_spans_both_versions(served: Served) -> None:
+    old = served.engine.version
+    following, weights = served.next_weights()
+    load = load_weights(served.engine, weights, served.mailbox)
+    rollout = served.run(served.engine.across(prompt(ids=PROBE[:8]), Sampling(n=1, max_tokens=200), load))
+    first, second = rollout.spans
+    assert (first.version, second.version) == (old, old + 1)
+    assert 0 < first.stop == second.start < second.stop == 200
+    served.model = following
+
+
+@pytest.mark.slow
+@tied
 def test_drain_finishes_running_requests_and_holds_new_ones(served: Served) -> None:
     old, options = served.engine.version, served.engine.options
     served.engine.options = replace(options, update="drain")

@@ -42,7 +42,7 @@ class Engine:
         self.answered.append(self.version)
         return self.name
 
-    async def load(self, weights: Weights) -> None:
+    async def load(self, weights: Weights, *_: Any) -> None:
         await self.check()
         await asyncio.sleep(0)
         self.version = weights.version
@@ -128,7 +128,7 @@ def test_a_load_that_comes_while_a_replacement_catches_up_is_not_missed() -> Non
         loading, go_on = asyncio.Event(), asyncio.Event()
 
         class Slow(Engine):
-            async def load(self, weights: Weights) -> None:
+            async def load(self, weights: Weights, *_: Any) -> None:
                 loading.set()
                 await go_on.wait()
                 await super().load(weights)
