@@ -6,7 +6,7 @@ import select
 import signal
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from configs.schema import SamplingParams
@@ -64,6 +64,12 @@ def sampling_of(params: SamplingParams) -> Sampling:
         stop=tuple(params.stop),
         extra=params.extra,
     )
+
+
+def shortened(sampling: Sampling, tokens: int) -> Sampling:
+    """Return the sampling of a probe: one completion of at most `tokens`, whatever least length the recipe asks for."""
+    extra = {key: value for key, value in sampling.extra.items() if key != "min_tokens"}
+    return replace(sampling, n=1, max_tokens=min(tokens, sampling.max_tokens), extra=extra)
 
 
 def end_with_owner() -> None:

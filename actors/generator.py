@@ -26,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from actors.engine import OWNER, EngineOptions, EngineStats, sample_seed
+from actors.engine import OWNER, EngineOptions, EngineStats, sample_seed, shortened
 from actors.weight_sync import BACKEND, WORKER_EXTENSION, Mailbox, NcclGroup, fetch, load_weights, register_with_vllm
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
 
@@ -304,8 +304,8 @@ class Generator:
             await load_weights(self._engine, weights, self._mailbox)
             return None
         await fetch(weights, self._mailbox)  # or the probe would be over before the load begins
-        short = replace(self._sampling, max_tokens=min(PROBE_TOKENS, self._sampling.max_tokens))
-        return await self._engine.across(probe, short, load_weights(self._engine, weights, self._mailbox))
+        load = load_weights(self._engine, weights, self._mailbox)
+        return await self._engine.across(probe, shortened(self._sampling, PROBE_TOKENS), load)
 
     async def join(self, group: NcclGroup, rank_offset: int) -> None:
         """Enter the learner's nccl group."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from actors.engine import shortened
 from actors.weight_sync import Transport
 from cluster.calls import call
 from cluster.replicas import BACK_OFF_S, Replicas
@@ -96,7 +97,7 @@ class GeneratorGroup:
 
         By construction of one version and staleness 0, which rollouts of an asynchronous run hardly ever are.
         """
-        sampling = dataclasses.replace(self._sampling, n=1, max_tokens=min(PROBE_DECODES, self._sampling.max_tokens))
+        sampling = shortened(self._sampling, PROBE_DECODES)
         prompt = dataclasses.replace(self._probe, uid=f"probe-v{version}")
         group = await self._replicas.request(
             "generate",
