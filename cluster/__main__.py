@@ -112,7 +112,8 @@ def _checked(command: Command, config: str | Path, overrides: Sequence[str]) -> 
     for warning in validate(recipe, command, str(config)):
         print(f"headroom: warning: {warning}", file=sys.stderr)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("vllm").setLevel(logging.ERROR)  # what it says at import concerns GPUs that are not there
+    for name in ("vllm", "torch._library.triton"):  # what they say at import concerns GPUs that are not there
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would tear the progress line
     return recipe
 

@@ -85,6 +85,8 @@ class RunJournal:
 
     async def record(self, take: Take, stats: StepStats, weights: Weights) -> None:
         """Append to the ledger, log the metrics, and save a checkpoint when one is due."""
+        for gone in take.discarded:
+            log.warning("prompt %s is discarded: %s", gone.prompt.uid, gone.reason)
         self.position += take.retired
         self._version = weights.version
         self._ledger.append(
