@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from configs.schema import Recipe
+from tests.tiny import llama
 from trainers.learner import Learner
 from trainers.types import Batch
 
@@ -20,21 +21,8 @@ VOCABULARY = 61
 def tiny_policy(directory: Path, *, tied: bool = True, seed: int = 0) -> str:
     """Write a random Llama of 2 layers and 32 hidden units with a tokenizer of whole words."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        initializer_range=0.2,
-    )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    tokens = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2}
+    LlamaForCausalLM(llama(**tokens, tie_word_embeddings=tied, initializer_range=0.2)).save_pretrained(directory)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w3"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w2").save_pretrained(directory)

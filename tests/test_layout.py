@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.tiny import reward_model
-from trainers.layout import TREE_FAMILIES, fields, sequences, tree_width
+from trainers.layout import TREE_FAMILIES, sequences, tree_width
 from trainers.microbatch import best_branches, bundle, plan
 from trainers.models import PolicyModel, ScoreModel, ValueModel, completion_logprobs
 from trainers.scoring import Judged, RewardModel
@@ -50,7 +50,7 @@ def test_a_shared_prompt_changes_no_logprob_and_no_gradient(family: str) -> None
     prompts, completions = tree(1)
     batch = sequences(prompts, completions, "cpu", bundles=SIZES)
     assert batch.input_ids.shape[0] == len(SIZES)
-    logprobs, _ = PolicyModel(shared)(**fields(batch), temperature=0.8)
+    logprobs, _ = PolicyModel(shared)(batch, temperature=0.8)
     expected = []
     for prompt, completion in zip(prompts, completions, strict=True):
         logits = alone(plain, prompt, completion)[len(prompt) - 1 : -1] / 0.8
@@ -69,11 +69,11 @@ def test_values_and_scores_behind_a_shared_prompt_are_those_of_each_alone() -> N
     torch.manual_seed(0)
     hf = AutoModelForSequenceClassification.from_config(tiny_config("llama"))
     prompts, completions = tree(2)
-    batch = fields(sequences(prompts, completions, "cpu", bundles=SIZES))
-    single = fields(sequences(prompts, completions, "cpu"))
+    batch = sequences(prompts, completions, "cpu", bundles=SIZES)
+    single = sequences(prompts, completions, "cpu")
     with torch.no_grad():
-        torch.testing.assert_close(ValueModel(hf)(**batch), ValueModel(hf)(**single), atol=1e-5, rtol=1e-4)
-        scores = ScoreModel(hf)(**batch)
+        torch.testing.assert_close(ValueModel(hf)(batch), ValueModel(hf)(single), atol=1e-5, rtol=1e-4)
+        scores = ScoreModel(hf)(batch)
         expected = torch.stack([alone(hf, p, c)[0] for p, c in zip(prompts, completions, strict=True)])
         torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
     assert scores.std() > 0.01

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.ranks import VOCABULARY, tiny_policy
-from trainers.layout import fields, sequences
+from trainers.layout import sequences
 from trainers.models import (
     PolicyModel,
     ScoreModel,
@@ -49,7 +49,7 @@ def test_logprobs_entropies_and_gradients_equal_full_logits(path: str, logits_pe
     plain = AutoModelForCausalLM.from_pretrained(path)
     policy = PolicyModel(AutoModelForCausalLM.from_pretrained(path), logits_per_chunk=logits_per_chunk)
     batch = sequences(prompts, completions, "cpu", width=9)
-    logprobs, entropies = policy(**fields(batch), temperature=0.7)
+    logprobs, entropies = policy(batch, temperature=0.7)
     assert logprobs.shape == entropies.shape == (5, 9)
     expected = [naive(plain, p, c, 0.7) for p, c in zip(prompts, completions, strict=True)]
     for row, (wanted, entropy) in enumerate(expected):
@@ -74,13 +74,13 @@ def test_completion_logprobs_do_not_depend_on_the_budget(path: str, token_budget
 def test_a_fresh_critic_is_zero_and_one_from_a_reward_model_reads_its_score(path: str, tmp_path: Path) -> None:
     prompts, completions = texts(2, 3)
     batch = sequences(prompts, completions, "cpu")
-    assert not ValueModel(load_sequence_classifier(path, "float32"))(**fields(batch)).any()
+    assert not ValueModel(load_sequence_classifier(path, "float32"))(batch).any()
     reward = load_sequence_classifier(path, "float32", head="random")
     export(reward, reward.state_dict(), tmp_path, path)
-    values = ValueModel(load_sequence_classifier(tmp_path, "float32"))(**fields(batch))
+    values = ValueModel(load_sequence_classifier(tmp_path, "float32"))(batch)
     for row, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         for t in range(len(completion)):
-            score = ScoreModel(reward)(**fields(sequences([prompt], [completion[:t]], "cpu")))[0]
+            score = ScoreModel(reward)(sequences([prompt], [completion[:t]], "cpu"))[0]
             torch.testing.assert_close(values[row, t], score, atol=1e-5, rtol=1e-5)
 
 

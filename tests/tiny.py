@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from string import ascii_letters, digits, punctuation
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -37,27 +38,18 @@ def tokenizer(*, chat: bool = False, padding_side: str = "right") -> PreTrainedT
     )
 
 
-def config(*, num_labels: int = 1) -> LlamaConfig:
-    """Configure a Llama of a few thousand parameters."""
-    return LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        num_labels=num_labels,
-    )
+def llama(**changes: Any) -> LlamaConfig:
+    """Configure a Llama of two layers and a few thousand parameters; the pad token is 0."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    tokens = {"vocab_size": 128, "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    return LlamaConfig(**(shape | heads | tokens | changes))
 
 
 def reward_model(path: Path, *, chat: bool = False, padding_side: str = "right", num_labels: int = 1) -> str:
     """Write a random reward model with its tokenizer."""
     torch.manual_seed(0)
-    LlamaForSequenceClassification(config(num_labels=num_labels)).save_pretrained(path)
+    LlamaForSequenceClassification(llama(num_labels=num_labels)).save_pretrained(path)
     tokenizer(chat=chat, padding_side=padding_side).save_pretrained(path)
     return str(path)
 
@@ -65,7 +57,7 @@ def reward_model(path: Path, *, chat: bool = False, padding_side: str = "right",
 def policy(path: Path) -> str:
     """Write a random policy with its tokenizer."""
     torch.manual_seed(0)
-    LlamaForCausalLM(config()).save_pretrained(path)
+    LlamaForCausalLM(llama()).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
 
@@ -97,23 +89,6 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(*, tied: bool, max_length: int = 256) -> LlamaConfig:
-    """Return the configuration of a two-layer Llama of about 60 k parameters."""
-    return LlamaConfig(
-        vocab_size=len(tiny_tokenizer()),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=max_length,
-        tie_word_embeddings=tied,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-
-
 def tiny_model(
     directory: Path, *, tied: bool = True, seed: int = 0, scale: float = 12.0, max_length: int = 256
 ) -> LlamaForCausalLM:
@@ -122,13 +97,16 @@ def tiny_model(
     `scale` spreads the weights so that the next-token distribution is far from uniform and differs by seed.
     """
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(tiny_config(tied=tied, max_length=max_length)).eval()
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "tie_word_embeddings": tied}
+    tokens = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
+    model = LlamaForCausalLM(llama(**shape, **tokens, max_position_embeddings=max_length)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(scale)
     model.save_pretrained(directory)
-    tiny_tokenizer().save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
     return model
 
 

@@ -8,7 +8,6 @@ from torch import Tensor
 from configs import schema
 from trainers import targets
 from trainers.engine import Process
-from trainers.layout import fields
 from trainers.losses import clipped_value_loss, token_weights
 from trainers.microbatch import MicroBatch
 from trainers.models import ValueModel, load_sequence_classifier
@@ -89,7 +88,7 @@ class Critic:
         return sum(shares), norm
 
     def _forward(self, batch: Batch, micro: MicroBatch) -> Tensor:
-        predicted: Tensor = self.engine.model(**fields(self.trainee.inputs(batch, micro)))
+        predicted: Tensor = self.engine.model(self.trainee.inputs(batch, micro))
         return predicted
 
     def save(self, directory: Path) -> None:

@@ -81,11 +81,6 @@ def sequences(
     return Sequences(**{name: torch.from_numpy(array).to(device) for name, array in arrays.items()})
 
 
-def fields(batch: Sequences) -> dict[str, Tensor]:
-    """Return the tensors of `batch` by name, as the models take them."""
-    return {name: getattr(batch, name) for name in Sequences.__slots__}
-
-
 def tree_width(hf: Any) -> int | None:
     """Return the hidden size of a model whose completions may share their prompt's row, None of any other.
 

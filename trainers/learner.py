@@ -11,7 +11,6 @@ from torch import Tensor
 from configs import schema
 from trainers import targets
 from trainers.engine import Process, random_state
-from trainers.layout import fields
 from trainers.losses import behaviour_weights, clipped_surrogate, kl_estimate, token_weights
 from trainers.microbatch import MicroBatch
 from trainers.models import completion_logprobs, load_policy
@@ -117,7 +116,7 @@ class Learner:
 
     def _forward(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         inputs = self.trainee.inputs(batch, micro)
-        logprobs, entropy = self.engine.model(**fields(inputs), temperature=self.temperature)
+        logprobs, entropy = self.engine.model(inputs, temperature=self.temperature)
         return logprobs, entropy
 
     def _old_logprobs(self, batch: Batch) -> _Trained:

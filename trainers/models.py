@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from trainers.layout import fields, sequences
+from trainers.layout import Sequences, sequences
 from trainers.microbatch import bundle, plan
 from trainers.types import Floats, Ints
 
@@ -27,25 +27,14 @@ class PolicyModel(nn.Module):
         self.hf = hf
         self.logits_per_chunk = logits_per_chunk
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        last: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-        temperature: float = 1.0,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return log-probs (b, T) and entropies (b, T, no gradient) in nats of softmax(logits / temperature).
 
         0 outside the mask. Logits exist for a chunk of tokens at a time only; the backward pass computes them again.
         """
-        states = _states(self.hf, input_ids, position_ids, attention_mask)
-        hidden = states[rows[:, None], positions][mask]
-        wanted = targets[mask]
+        states = _states(self.hf, batch)
+        hidden = states[batch.rows[:, None], batch.positions][batch.mask]
+        wanted = batch.targets[batch.mask]
         size = max(1, self.logits_per_chunk // self.hf.config.get_text_config().vocab_size)
         parts = []
         for start in range(0, max(len(hidden), 1), size):  # once even if all completions are empty
@@ -55,8 +44,8 @@ class PolicyModel(nn.Module):
             else:
                 parts.append(self._score(*chunk))
         logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
-        zeros = torch.zeros(mask.shape, dtype=torch.float32, device=states.device)
-        return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropies)
+        zeros = torch.zeros(batch.mask.shape, dtype=torch.float32, device=states.device)
+        return zeros.masked_scatter(batch.mask, logprobs), zeros.masked_scatter(batch.mask, entropies)
 
     def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logits = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config())
@@ -76,21 +65,11 @@ class ValueModel(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        last: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
+    def forward(self, batch: Sequences) -> Tensor:
         """Return the value (b, T) of the state before each completion token, 0 outside the mask."""
-        states = _states(self.hf, input_ids, position_ids, attention_mask)
-        hidden = states[rows[:, None], positions]
-        return torch.where(mask, self.hf.score(hidden)[..., 0].float(), 0.0)
+        states = _states(self.hf, batch)
+        hidden = states[batch.rows[:, None], batch.positions]
+        return torch.where(batch.mask, self.hf.score(hidden)[..., 0].float(), 0.0)
 
 
 class ScoreModel(nn.Module):
@@ -100,20 +79,10 @@ class ScoreModel(nn.Module):
         super().__init__()
         self.hf = hf
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        position_ids: Tensor,
-        attention_mask: Tensor,
-        rows: Tensor,
-        positions: Tensor,
-        last: Tensor,
-        targets: Tensor,
-        mask: Tensor,
-    ) -> Tensor:
+    def forward(self, batch: Sequences) -> Tensor:
         """Return one score per sequence (b,)."""
-        states = _states(self.hf, input_ids, position_ids, attention_mask)
-        scores: Tensor = self.hf.score(states[rows, last])
+        states = _states(self.hf, batch)
+        scores: Tensor = self.hf.score(states[batch.rows, batch.last])
         return scores[:, 0].float()
 
 
@@ -171,15 +140,18 @@ def completion_logprobs(
         batch = sequences(
             [prompt_ids[i] for i in rows], [completion_ids[i] for i in rows], device, bundles=micro.bundles
         )
-        logprobs, _ = model(**fields(batch), temperature=temperature)
+        logprobs, _ = model(batch, temperature=temperature)
         for row, values in zip(rows, logprobs.cpu().numpy(), strict=True):
             result[row] = values[: len(completion_ids[row])]
     return result
 
 
-def _states(hf: Any, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def _states(hf: Any, batch: Sequences) -> Tensor:
     output = hf.base_model(
-        input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
     )
     states: Tensor = output.last_hidden_state
     return states

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from configs.errors import UserError
 from configs.schema import Offline
 from trainers.engine import Process, TrainEngine
-from trainers.layout import fields, sequences, tree_width
+from trainers.layout import sequences, tree_width
 from trainers.microbatch import Bundle, MicroBatch, plan
 from trainers.models import ScoreModel, export, load_policy, load_sequence_classifier
 from trainers.types import Ints
@@ -123,7 +123,7 @@ def sft_objective(rows: Rows) -> Objective:
 
     def losses(model: nn.Module, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
         batch = sequences([rows[i][0] for i in chosen], [rows[i][1] for i in chosen], next(model.parameters()).device)
-        logprobs, _ = model(**fields(batch))
+        logprobs, _ = model(batch)
         return -logprobs.sum(1), torch.zeros(len(chosen))
 
     return Objective(
@@ -146,7 +146,7 @@ def preference_objective(rows: Rows, *, tree: bool) -> Objective:
         prompts = [rows[i][0][: shared[i]] for i in chosen for _ in range(2)]
         rests = [text[shared[i] :] for i in chosen for text in rows[i]]
         batch = sequences(prompts, rests, next(model.parameters()).device, bundles=[2] * len(chosen) if tree else None)
-        better, worse = model(**fields(batch)).view(-1, 2).unbind(1)
+        better, worse = model(batch).view(-1, 2).unbind(1)
         return -F.logsigmoid(better - worse), (better > worse).float()
 
     lengths = [

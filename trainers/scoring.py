@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 from configs.errors import UserError
 from configs.rows import prompt_text
 from trainers.data import conversation_ids
-from trainers.layout import fields, sequences, tree_width
+from trainers.layout import sequences, tree_width
 from trainers.microbatch import bundle, pack, plan
 from trainers.models import DType, ScoreModel, load_sequence_classifier
 from trainers.types import DataError, Message, Prompt
@@ -81,7 +81,7 @@ class RewardModel:
         bundles = bundle(range(len(items)), prompts, lengths, self.token_budget, width=self.width)
         for micro in plan(bundles, self.token_budget)[0]:
             chosen = [prompts[i] for i in micro.rows], [rests[i] for i in micro.rows]
-            values = self.model(**fields(sequences(*chosen, self.device, bundles=micro.bundles)))
+            values = self.model(sequences(*chosen, self.device, bundles=micro.bundles))
             for index, value in zip(micro.rows, values.float().tolist(), strict=True):
                 scores[index] = value
         return scores
