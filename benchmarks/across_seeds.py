@@ -79,10 +79,8 @@ def aligned(runs: Sequence[Scores], name: str, first: int, last: int) -> tuple[A
 
 def changes(runs: Sequence[Scores], length: str) -> list[str]:
     """Return the rows of a Markdown table: per metric base, last, change per seed, and of the seeds' mean."""
-    rows = [
-        "| evaluation | version 0 | last | change per seed | change, prompts paired, seeds averaged | at equal length |"
-    ]
-    rows.append("|" + "---|" * 6)
+    titles = ("evaluation", "prompts", "version 0", "last", "change per seed", "mean change, paired", "at equal length")
+    rows = [_row(titles), _row(["---"] * len(titles))]
     for name in sorted(runs[0]):
         first, last = min(runs[0][name]), max(runs[0][name])
         before, after = aligned(runs, name, first, last)

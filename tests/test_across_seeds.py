@@ -55,5 +55,7 @@ def test_the_table_reads_run_directories_and_pairs_by_prompt(tmp_path: Path) -> 
     before, after = aligned(runs, "held/reward", 0, 4)
     assert before.tolist() == [[0, 1, 2]] * 2 and (after - before == 1).all()
     assert aligned(runs, "held/length", 0, 4)[0].shape == (2, 1)  # only "a" has one in both
-    row = next(row for row in changes(runs, "held/length") if "`held/reward`" in row)
+    table = changes(runs, "held/length")
+    assert len({row.count("|") for row in table}) == 1
+    row = next(row for row in table if "`held/reward`" in row)
     assert row.split(" | ")[1:6] == ["3", "1.000", "2.000", "+1.000, +1.000", "+1.000 [+1.000, +1.000]"]
