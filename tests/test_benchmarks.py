@@ -19,24 +19,27 @@ QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 CHILD = """
 import json, os, sys, threading, time
 def burn():
-    while len(os.sched_getaffinity(0)) > 1: time.sleep(0.02)
+    end = time.monotonic() + 30
+    while len(os.sched_getaffinity(0)) > 1 and time.monotonic() < end: time.sleep(0.02)
     began = time.thread_time()
     while time.thread_time() < began + 1: pass
     open(sys.argv[1], 'w').write(json.dumps({'ends': [], 'cores': sorted(os.sched_getaffinity(0))}))
 thread = threading.Thread(target=burn); thread.start(); thread.join()
 """
-PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[2], sys.argv[1]], check=True)"
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], check=True)"
 
 
 @pytest.mark.timeout(120)
 def test_the_clock_counts_children_and_pinning_reaches_their_threads(tmp_path: Path) -> None:
     out, before = tmp_path / "arm.json", os.sched_getaffinity(0)
     core = max(before)
+    burn = tmp_path / "burn.py"  # processes are told apart by the first two words of their command
+    burn.write_text(CHILD)
 
     def place(_: psutil.Process, name: str) -> set[int] | None:
         return {core} if "burn" in name else None
 
-    trace = run_arm([sys.executable, "-c", PARENT, str(out), CHILD], out, samples=4, place=place)
+    trace = run_arm([sys.executable, "-c", PARENT, str(burn), str(out)], out, samples=4, place=place)
     assert trace.details["cores"] == [core]
     assert trace.clock[-1][1] - trace.clock[0][1] > 0.4, "the child's second of CPU time is missing"
     assert os.sched_getaffinity(0) == before, "pinned more than the arm"
