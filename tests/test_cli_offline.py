@@ -19,7 +19,7 @@ RULES = "def says_yes(prompt, completion, row):\n    return float(completion == 
 
 def make_recipe(where: Path) -> None:
     """Write a recipe whose demonstrations answer `yes` to all, and whose preferences agree."""
-    tiny.policy(where / "policy")
+    tiny.policy(where / "policy", hidden_size=64, num_attention_heads=2)  # heads of 32, as vLLM's kernels want them
     questions = [f"is {a} {b}?" for a in "abcdefgh" for b in "stuvwxyz"]
     pairs = [{"prompt": question, "chosen": "yes", "rejected": "no"} for question in questions]
     for name, rows in {"pairs": pairs, "prompts": [{"prompt": question} for question in questions]}.items():

@@ -54,10 +54,10 @@ def reward_model(path: Path, *, chat: bool = False, padding_side: str = "right",
     return str(path)
 
 
-def policy(path: Path) -> str:
+def policy(path: Path, **changes: Any) -> str:
     """Write a random policy with its tokenizer."""
     torch.manual_seed(0)
-    LlamaForCausalLM(llama()).save_pretrained(path)
+    LlamaForCausalLM(llama(**changes)).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return str(path)
 
