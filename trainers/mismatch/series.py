@@ -1,0 +1,169 @@
+"""What the instrument reads: reward, KL and evaluations of the same policy versions, with their measurement errors.
+
+Shapes: n measured versions of one quantity, N prompts. A version at which a quantity was not measured is
+absent from its curve; nothing is filled in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs.errors import UserError
+
+Array = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+ENOUGH_DEFINED = 0.5  # a version at which fewer of the prompts have a score counts as not measured
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Curve:
+    """One quantity at the n versions where it was measured, in its own unit; more is better.
+
+    Raises UserError for versions that repeat or are out of order, and for numbers that are not finite.
+    """
+
+    name: str
+    versions: Integers  # (n,) increasing
+    mean: Array  # (n,)
+    covariance: Array | None  # (n, n) of the errors of `mean`; None: their size is not known
+    prompts: int | None = None  # independent prompts (clusters) behind the covariance
+    notes: tuple[str, ...] = ()  # what was left out, and why
+
+    def __post_init__(self) -> None:
+        _check_versions(self.name, self.versions)
+        _check_finite(self.name, self.versions, self.mean)
+        if self.covariance is None:
+            return
+        if self.covariance.shape != (len(self.versions),) * 2:
+            raise ValueError(f"{self.name}: covariance {self.covariance.shape} of {len(self.versions)} versions")
+        _check_finite(f"the standard error of {self.name}", self.versions, np.diag(self.covariance))
+
+    @property
+    def se(self) -> Array | None:
+        """Standard errors (n,), in the unit of the quantity."""
+        return None if self.covariance is None else np.sqrt(np.diag(self.covariance))
+
+    def at(self, versions: Integers) -> "Curve":
+        """Return the part at `versions`. Raises ValueError where one was not measured."""
+        places = np.searchsorted(self.versions, versions)
+        if len(versions) and (places.max() >= len(self.versions) or np.any(self.versions[places] != versions)):
+            raise ValueError(f"{self.name} was not measured at all of {versions.tolist()}")
+        covariance = None if self.covariance is None else self.covariance[np.ix_(places, places)]
+        return Curve(
+            name=self.name,
+            versions=versions,
+            mean=self.mean[places],
+            covariance=covariance,
+            prompts=self.prompts,
+            notes=self.notes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Series:
+    """One run: the proxy reward, optionally the KL to the reference, and at least one evaluation.
+
+    The first evaluation is the primary one. Raises UserError if there is none, or if two share a name.
+    """
+
+    reward: Curve
+    evaluations: tuple[Curve, ...]
+    kl: Curve | None = None
+
+    def __post_init__(self) -> None:
+        names = [curve.name for curve in self.evaluations]
+        if not any(len(curve.versions) for curve in self.evaluations):
+            raise UserError(
+                f"no evaluations: {', '.join(names) or 'none was named'}; nothing to compare the reward with"
+            )
+        if len(set(names)) < len(names):
+            raise UserError(f"two evaluations have the same name: {', '.join(names)}")
+
+    @property
+    def primary(self) -> Curve:
+        """The evaluation that the stated false-alarm rate is about."""
+        return self.evaluations[0]
+
+
+def from_means(name: str, versions: Sequence[int], mean: Sequence[float], se: Sequence[float] | None) -> Curve:
+    """Build a curve of independent means (n,) with standard errors (n,), both in the quantity's unit.
+
+    `se` None: not known. Raises UserError as Curve does, and for a standard error that is not positive.
+    """
+    numbers = np.asarray(versions, np.int64)
+    if se is None:
+        return Curve(name=name, versions=numbers, mean=np.asarray(mean, np.float64), covariance=None)
+    errors = np.asarray(se, np.float64)
+    _check_finite(f"the standard error of {name}", numbers, errors)
+    if np.any(errors <= 0):
+        version = numbers[np.argmax(errors <= 0)]
+        raise UserError(f"the standard error of {name} is not positive at version {version}")
+    return Curve(name=name, versions=numbers, mean=np.asarray(mean, np.float64), covariance=np.diag(errors**2))
+
+
+def from_scores(
+    name: str, versions: Sequence[int], scores: Array, clusters: Sequence[object] | NDArray[np.generic] | None = None
+) -> Curve:
+    """Build a curve from scores (n, N) of the same N prompts at n versions, paired between the versions.
+
+    The mean over prompts and the covariance of its errors between versions, clustered by `clusters` (N,), by default
+    by prompt: the sandwich of Liang & Zeger 1986 for means, times G / (G - 1) for G clusters, so that for one score a
+    prompt it is the sample covariance over N. An undefined score is NaN: a version at which fewer than half of the
+    prompts are defined counts as not measured, and the other versions are compared on the prompts defined at all of
+    them; both are noted. Raises UserError as Curve does, and when fewer than two clusters are left.
+    """
+    numbers = np.asarray(versions, np.int64)
+    _check_versions(name, numbers)
+    if np.any(np.isinf(scores)):
+        raise UserError(f"{name} has an infinite score at version {numbers[np.argmax(np.isinf(scores).any(1))]}")
+    kept, columns, notes = _complete(numbers, scores)
+    labels = np.arange(scores.shape[1]) if clusters is None else np.asarray(clusters)
+    groups, places = np.unique(labels[columns], return_inverse=True)
+    if len(groups) < 2:
+        raise UserError(f"{name}: {len(groups)} prompts have a score at every version; a standard error needs two")
+    used = scores[np.ix_(kept, columns)].astype(np.float64)
+    mean = used.mean(1)
+    influence = np.zeros((len(groups), len(mean)))
+    np.add.at(influence, places, ((used - mean[:, None]) / used.shape[1]).T)
+    factor = len(groups) / (len(groups) - 1)
+    return Curve(
+        name=name,
+        versions=numbers[kept],
+        mean=mean,
+        covariance=factor * influence.T @ influence,
+        prompts=len(groups),
+        notes=notes,
+    )
+
+
+def _complete(versions: Integers, scores: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_], tuple[str, ...]]:
+    """Choose versions (n,) and prompts (N,) so that no score is missing."""
+    defined = ~np.isnan(scores)
+    kept = defined.mean(1) >= ENOUGH_DEFINED
+    columns = defined[kept].all(0)
+    notes = [f"version {version} left out: most of its scores are undefined" for version in versions[~kept]]
+    if not columns.all():
+        notes.append(f"{np.sum(~columns)} of {len(columns)} prompts left out: undefined at some version")
+    return kept, columns, tuple(notes)
+
+
+def _check_versions(name: str, versions: Integers) -> None:
+    for before, after in zip(versions[:-1], versions[1:], strict=True):
+        if before == after:
+            raise UserError(f"{name} has version {after} twice: keep one row a version")
+        if before > after:
+            raise UserError(f"{name} has version {after} after version {before}: order the rows by version")
+
+
+def _check_finite(name: str, versions: Integers, values: Array) -> None:
+    if values.shape != versions.shape:
+        raise ValueError(f"{name}: {values.shape} values at {versions.shape} versions")
+    wrong = ~np.isfinite(values)
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        raise UserError(
+            f"{name} is {values[place]} at version {versions[place]}: leave out what was not measured, mend the rest"
+        )
