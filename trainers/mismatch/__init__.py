@@ -1,6 +1,26 @@
-"""Is the reward still buying quality? Pure statistics on reward and evaluations of the same policy versions."""
+"""Is the reward still buying quality? Pure statistics on reward and evaluations of the same policy versions.
 
+from trainers.mismatch import from_table, judge
+table = {"version": [0, 10, 20], "reward": [0.1, 0.4, 0.6], "gold": [1.0, 1.3, 1.1], "gold_se": [0.1, 0.1, 0.1]}
+verdict = judge(from_table(table, evaluations=["gold"]))
+print(verdict.state, verdict.since_version, verdict.primary.minimum_detectable_drop)
+"""
+
+from trainers.mismatch.alarm import Alarm, Fall, Settings, State, Verdict, judge
 from trainers.mismatch.series import Curve, Series, from_means, from_scores
 from trainers.mismatch.sources import from_records, from_table
 
-__all__ = ["Curve", "Series", "from_means", "from_records", "from_scores", "from_table"]
+__all__ = [
+    "Alarm",
+    "Curve",
+    "Fall",
+    "Series",
+    "Settings",
+    "State",
+    "Verdict",
+    "from_means",
+    "from_records",
+    "from_scores",
+    "from_table",
+    "judge",
+]

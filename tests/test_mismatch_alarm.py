@@ -1,0 +1,206 @@
+"""The alarm: its boundary, its error rates in small simulations of fixed seed, its states and its invariances."""
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from configs.errors import UserError
+from trainers.mismatch import Series, Settings, from_means, from_scores, judge, scan
+from trainers.mismatch.alarm import margin_by_look
+
+POINTS, RUNS = 10, 4_000
+FAST = Settings(runs=2_000, margin=0.0)
+VERSIONS = list(range(0, 10 * POINTS, 10))
+
+
+@functools.cache
+def bound(planned: int | None) -> np.ndarray:
+    return scan.boundary(scan.null_maxima(np.eye(POINTS), 20_000, 0), 0.05, planned)
+
+
+def crossed(paths: np.ndarray, planned: int | None, *, floor: bool = True, margins: np.ndarray | None = None) -> float:
+    """Share of the series (K, S), errors of standard deviation 1, which raise an alarm."""
+    statistic = scan.path_maxima(paths, np.eye(POINTS), margins)
+    if floor:
+        statistic = statistic / scan.noise_scale(paths, np.eye(POINTS))
+    return float(np.mean(np.any(statistic > bound(planned)[:, None], axis=0)))
+
+
+def noise(seed: int = 1, runs: int = RUNS) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((POINTS, runs))
+
+
+def series(gold: np.ndarray, reward: np.ndarray, se: float = 1.0) -> Series:
+    return Series(
+        reward=from_means("reward", VERSIONS, reward.tolist(), [se] * POINTS),
+        evaluations=(from_means("gold", VERSIONS, gold.tolist(), [se] * POINTS),),
+    )
+
+
+def test_contrasts_are_what_they_say() -> None:
+    rng = np.random.default_rng(3)
+    root = rng.normal(size=(7, 7))
+    covariance, values = root @ root.T, rng.normal(size=7)
+    found = scan.contrasts(covariance, 5)
+    assert set(found.latest) == {1, 2, 3, 4} and found.stop.max() == 5
+    for start, stop, latest, sd, difference in zip(
+        found.start, found.stop, found.latest, found.sd, scan.differences(found, values), strict=True
+    ):
+        weights = np.zeros(7)
+        weights[start:stop] = 1 / (stop - start)
+        weights[6 - latest : 6] -= 1 / latest
+        assert difference == pytest.approx(weights @ values, abs=1e-10)
+        assert sd == pytest.approx(np.sqrt(weights @ covariance @ weights), rel=1e-8)
+
+
+def test_simulated_maxima_are_those_of_the_contrasts() -> None:
+    paths = noise(runs=3)
+    margins = np.full(POINTS, 0.3)
+    maxima = scan.path_maxima(paths, np.eye(POINTS), margins)
+    for look in range(1, POINTS):
+        found = scan.contrasts(np.eye(POINTS), look)
+        for run in range(3):
+            z = (scan.differences(found, paths[:, run]) - 0.3) / found.sd
+            assert maxima[look, run] == pytest.approx(z.max(), abs=1e-5)
+
+
+def test_a_boundary_does_not_move_when_points_are_added() -> None:
+    few = scan.boundary(scan.null_maxima(np.eye(6), 2_000, 0), 0.05)
+    many = scan.boundary(scan.null_maxima(np.eye(9), 2_000, 0), 0.05)
+    np.testing.assert_allclose(few, many[:6], atol=1e-4)
+
+
+@pytest.mark.parametrize("planned", [POINTS, None])
+def test_false_alarms_on_a_constant_path(planned: int | None) -> None:
+    rate = crossed(noise(), planned, floor=False)
+    assert rate <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / RUNS)
+    assert rate >= (0.035 if planned else 0.01)  # the level is used, not merely kept
+    assert crossed(noise(), planned) <= rate
+
+
+@pytest.mark.parametrize("slope", [0.3, 2.0])
+def test_a_rising_path_raises_fewer_false_alarms(slope: float) -> None:
+    rising = noise() + slope * np.arange(POINTS)[:, None]
+    assert crossed(rising, POINTS) <= 0.02
+
+
+def test_understated_errors_are_caught_by_margin_and_noise_scale() -> None:
+    margins = margin_by_look(np.eye(POINTS), None)
+    assert crossed(1.25 * noise(), POINTS, floor=False) > 0.15
+    assert crossed(1.25 * noise(), POINTS, margins=margins) <= 0.1
+
+
+def test_power_of_a_drop_of_six_standard_errors_within_three_points() -> None:
+    place = np.arange(POINTS) - (POINTS - 4)
+    parabola = -6 * (place / 3.0) ** 2
+    assert crossed(noise() + parabola[:, None], POINTS, floor=False) >= 0.93
+    assert crossed(noise() + parabola[:, None], POINTS) >= 0.85
+
+
+def test_the_minimum_detectable_drop_is_found_with_its_power() -> None:
+    verdict = judge(series(np.zeros(POINTS), np.zeros(POINTS)), Settings(planned=POINTS, margin=0.0))
+    drop = verdict.primary.minimum_detectable_drop
+    assert drop is not None and verdict.state == "aligned"
+    step = np.where(np.arange(POINTS) >= POINTS - 3, -drop, 0.0)
+    found = crossed(noise() + step[:, None], POINTS, floor=False)
+    assert 0.8 - 3 * np.sqrt(0.16 / RUNS) <= found
+
+
+@pytest.mark.parametrize(
+    ("reward", "state"),
+    [(3.0 * np.arange(POINTS), "parted"), (np.minimum(np.arange(POINTS), 5) * 3.0, "decayed"), (None, "broken")],
+)
+def test_a_fall_is_named_by_what_the_reward_did(reward: np.ndarray | None, state: str) -> None:
+    gold = np.where(np.arange(POINTS) <= 5, 4.0 * np.arange(POINTS), 20 - 12.0 * (np.arange(POINTS) - 5))
+    verdict = judge(series(gold, gold if reward is None else reward), FAST)
+    assert (verdict.state, verdict.since_version) == (state, 50)
+    assert verdict.primary.fallen is not None and verdict.primary.fallen.raised in (60, 70)
+    assert [said for version, said in verdict.history if version <= 50] == ["aligned"] * 4
+    assert verdict.false_alarm_rate == 0.05
+
+
+def test_a_fall_that_recovers_is_kept_but_no_longer_the_state() -> None:
+    gold = np.array([0, 0, 0, -20, -20, 0, 0, 0, 0, 0.0])
+    verdict = judge(series(gold, np.zeros(POINTS)), FAST)
+    assert verdict.primary.raised and verdict.primary.fallen is None
+    assert [(fall.raised, fall.since, fall.recovered) for fall in verdict.primary.falls] == [(30, 20, 50)]
+    assert (dict(verdict.history)[40], dict(verdict.history)[50]) == ("decayed", "aligned")
+
+
+def test_flattening() -> None:
+    gold = np.minimum(np.arange(POINTS), 5) * 5.0
+    verdict = judge(series(gold, 3.0 * np.arange(POINTS)), FAST)
+    assert verdict.state == "flattening" and not verdict.primary.raised
+    rising = judge(series(5.0 * np.arange(POINTS), 3.0 * np.arange(POINTS)), FAST)
+    assert (rising.state, rising.since_version) == ("aligned", 20)
+
+
+def test_the_others_are_held_to_holm_and_the_primary_is_not() -> None:
+    falling = from_means("fall", VERSIONS, [0.0] * 6 + [-30.0] * 4, [1.0] * POINTS)
+    flat = [from_means(name, VERSIONS, [0.0] * POINTS, [1.0] * POINTS) for name in ("gold", "a", "b")]
+    reward = from_means("reward", VERSIONS, [0.0] * POINTS, None)
+    verdict = judge(Series(reward=reward, evaluations=(flat[0], flat[1], falling, flat[2])), Settings(runs=6_000))
+    assert verdict.primary.alpha == 0.05 and verdict.state == "aligned"
+    assert [(a.evaluation, a.raised) for a in verdict.others] == [("a", False), ("fall", True), ("b", False)]
+    assert [a.alpha for a in verdict.others] == pytest.approx([0.025, 0.05 / 3, 0.025])
+
+
+def test_pairing_by_prompt_finds_a_drop_that_independent_errors_hide() -> None:
+    rng = np.random.default_rng(4)
+    prompt = rng.normal(size=300)
+    scores = prompt + 0.2 * rng.normal(size=(POINTS, 300))
+    scores[6:] -= 0.15
+    paired = from_scores("gold", VERSIONS, scores)
+    assert paired.se is not None
+    alone = from_means("gold", VERSIONS, paired.mean.tolist(), paired.se.tolist())
+    reward = from_means("reward", VERSIONS, [0.0] * POINTS, None)
+    assert judge(Series(reward=reward, evaluations=(paired,)), Settings(runs=2_000)).state == "decayed"
+    assert judge(Series(reward=reward, evaluations=(alone,)), Settings(runs=2_000)).state == "aligned"
+
+
+def test_not_enough_is_said_with_its_reason() -> None:
+    reward = from_means("reward", [0, 1, 2], [0, 0, 0], None)
+    short = judge(Series(reward=reward, evaluations=(from_means("gold", [0, 1], [0, 1], [1, 1]),)))
+    unknown = judge(Series(reward=reward, evaluations=(from_means("gold", [0, 1, 2], [0, 1, 2], None),)))
+    constant = judge(Series(reward=reward, evaluations=(from_scores("gold", [0, 1, 2], np.ones((3, 5))),)))
+    for verdict, reason in (
+        (short, "2 evaluated versions"),
+        (unknown, "no standard error"),
+        (constant, "score the same"),
+    ):
+        assert verdict.state is None and verdict.since_version is None
+        assert verdict.primary.minimum_detectable_drop is None
+        assert any(reason in said for said in verdict.reasons)
+
+
+def test_settings_and_plans_are_checked() -> None:
+    with pytest.raises(UserError, match="10 evaluated versions, 5 were planned"):
+        judge(series(np.zeros(POINTS), np.zeros(POINTS)), Settings(planned=5))
+    for wrong in ({"alpha": 0.0}, {"margin": -1.0}, {"planned": 2}, {"runs": 10}, {"power": 1.0}):
+        with pytest.raises(UserError):
+            Settings(**wrong)  # type: ignore[arg-type]
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 1000), scale=st.floats(1e-3, 1e3), shift=st.floats(-1e3, 1e3), unit=st.floats(1e-2, 1e2))
+def test_states_do_not_depend_on_units(seed: int, scale: float, shift: float, unit: float) -> None:
+    rng = np.random.default_rng(seed)
+    gold = rng.normal(size=POINTS) - np.maximum(np.arange(POINTS) - 5, 0) * 3.0
+    reward = rng.normal(size=POINTS)
+    base = judge(series(gold, reward), Settings(runs=2_000))
+    se = [1.0] * POINTS
+    moved = judge(
+        Series(
+            reward=from_means("reward", VERSIONS, (unit * reward - 3).tolist(), [unit] * POINTS),
+            evaluations=(from_means("gold", VERSIONS, (scale * gold + shift).tolist(), [scale * s for s in se]),),
+        ),
+        Settings(runs=2_000),
+    )
+    assert (moved.state, moved.since_version, moved.history) == (base.state, base.since_version, base.history)
+    assert moved.primary.falls == base.primary.falls
+    assert moved.primary.minimum_detectable_drop == pytest.approx(
+        scale * base.primary.minimum_detectable_drop, rel=1e-4
+    )
