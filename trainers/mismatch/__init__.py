@@ -7,17 +7,21 @@ print(verdict.state, verdict.since_version, verdict.primary.minimum_detectable_d
 """
 
 from trainers.mismatch.alarm import Alarm, Fall, Settings, State, Verdict, judge
+from trainers.mismatch.correlation import Correlation, between, correlate
 from trainers.mismatch.series import Curve, Series, from_means, from_scores
 from trainers.mismatch.sources import from_records, from_table
 
 __all__ = [
     "Alarm",
+    "Correlation",
     "Curve",
     "Fall",
     "Series",
     "Settings",
     "State",
     "Verdict",
+    "between",
+    "correlate",
     "from_means",
     "from_records",
     "from_scores",
