@@ -176,6 +176,11 @@ def test_not_enough_is_said_with_its_reason() -> None:
         assert any(reason in said for said in verdict.reasons)
 
 
+def test_a_standard_error_of_zero_is_floored_by_those_so_far() -> None:
+    floored = scan.floored(np.diag([0.0, 4.0, 0.0, 0.01, 16.0]))
+    np.testing.assert_allclose(np.diag(floored), [1.0, 4.0, 1.0, (0.5 * 1.05) ** 2, 16.0])
+
+
 def test_settings_and_plans_are_checked() -> None:
     with pytest.raises(UserError, match="10 evaluated versions, 5 were planned"):
         judge(series(np.zeros(POINTS), np.zeros(POINTS)), Settings(planned=5))

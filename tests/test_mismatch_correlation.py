@@ -36,28 +36,24 @@ def test_without_errors_all_three_equal_scipy_ties_included() -> None:
 
 def test_errors_are_corrected_for() -> None:
     rng = np.random.default_rng(1)
-    time = np.linspace(0, 1, 400)
-    found = pair(time + rng.normal(0, 0.2, 400), time + rng.normal(0, 0.2, 400), 0.2, 0.2)["pearson"]
-    assert found.measured is not None and found.measured < 0.75
-    assert found.estimate == pytest.approx(1, abs=0.06)
+    time = np.linspace(0, 1, 200)
+    found = pair(time + rng.normal(0, 0.2, 200), time + rng.normal(0, 0.2, 200), 0.2, 0.2, draws=20)["pearson"]
+    assert found.measured is not None and found.measured < 0.8
+    assert found.estimate == pytest.approx(1, abs=0.12)
 
 
 @pytest.mark.parametrize(
-    ("y", "least"),
-    [
-        (TIME, {"pearson": 0.93, "spearman": 0.9, "kendall": 0.9}),
-        (TIME + 0.3 * np.sin(12 * TIME), {"pearson": 0.93, "spearman": 0.85, "kendall": 0.85}),
-        (np.where(TIME < 0.7, TIME, 1.43 - 1.1 * TIME), {"pearson": 0.9, "spearman": 0.7, "kendall": 0.7}),
-    ],
+    ("y", "kendall"),
+    [(TIME, 0.88), (TIME + 0.3 * np.sin(12 * TIME), 0.93), (np.where(TIME < 0.7, TIME, 1.43 - 1.1 * TIME), 0.93)],
     ids=["rising", "wave", "fall"],
 )
-def test_coverage_of_the_true_correlation(y: np.ndarray, least: dict[str, float]) -> None:
-    rng, runs = np.random.default_rng(2), 150
+def test_coverage_of_the_true_correlation(y: np.ndarray, kendall: float) -> None:
+    rng, runs, least = np.random.default_rng(2), 150, {"pearson": 0.93, "spearman": 0.93, "kendall": kendall}
     x = TIME + 0.15 * np.sin(5 * TIME)
     truth = {kind: of(x, y).statistic for kind, of in SCIPY.items()}
     covered = dict.fromkeys(truth, 0)
     for _ in range(runs):
-        found = pair(x + rng.normal(0, 0.03, POINTS), y + rng.normal(0, 0.08, POINTS), 0.03, 0.08)
+        found = pair(x + rng.normal(0, 0.03, POINTS), y + rng.normal(0, 0.08, POINTS), 0.03, 0.08, draws=200)
         for kind, one in found.items():
             assert one.low is not None and one.high is not None
             covered[kind] += one.low - 1e-9 <= truth[kind] <= one.high + 1e-9

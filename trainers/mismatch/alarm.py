@@ -147,8 +147,8 @@ def _prepare(curve: Curve, settings: Settings) -> _Scanned | Alarm:
         why = f"not enough: {points} evaluated versions, {FEWEST} are needed"
     elif curve.covariance is None:
         why = f"not enough: no standard error; give {curve.name}_se or per-prompt scores"
-    elif not np.all(np.diag(curve.covariance) > 0):
-        why = "not enough: all prompts score the same at some version, so its standard error is 0"
+    elif not np.any(np.diag(curve.covariance) > 0):
+        why = "not enough: all prompts score the same at every version, so no standard error is known"
     if why or curve.covariance is None:
         return Alarm(
             evaluation=curve.name,

@@ -2,7 +2,8 @@
 
 The estimand is a property of this run: the correlation of the *true* values at the versions where both were measured.
 The path of the policy is the signal; only the errors of measurement are random (Lambert & Calandra, Fig. 4). It says
-nothing about other runs. Exact ties among true values make rank correlations jump: an interval may then miss.
+nothing about other runs. Exact ties among true values make rank correlations jump: an interval may then
+miss. Kendall's may also miss when the true order is the same throughout, tau = 1 (about 0.9 of 200 runs held it).
 """
 
 from dataclasses import dataclass
@@ -150,7 +151,8 @@ def _standard(curve: Curve) -> tuple[Array, Array, float, str | None]:
     if 1 - share < LEAST_RELIABILITY:
         return *empty, f"not enough: {min(share, 1):.0%} of the spread of {curve.name} is measurement error"
     values, vectors = np.linalg.eigh(covariance)
-    return centred / spread, vectors * np.sqrt(np.maximum(values, 0)), share, None
+    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # the symmetric root is unique
+    return centred / spread, root, share, None
 
 
 def _interval(
@@ -164,8 +166,8 @@ def _interval(
     """Return (measured, estimate, low, high); None where the bootstrap's spread is often no larger than the noise.
 
     The bootstrap's truth is the measured path, shrunk to the spread that is left when the errors' is taken away.
-    Pearson: percentiles of the corrected coefficient. Ranks: the bias that the errors add there is taken away, and the
-    interval spans both the percentile and the basic one (Davison & Hinkley 1997, ch. 5): either alone covers less.
+    Pearson is corrected for the errors in each draw; ranks lose the bias that the errors add there. The interval spans
+    the basic, the corrected and the plain percentile one (Davison & Hinkley 1997, ch. 5): one alone covers too little.
     """
     measured = float(coefficient(kind, u, v))
     true_u, true_v, drawn_u, drawn_v = worlds
@@ -174,14 +176,12 @@ def _interval(
     if len(kept) < 0.99 * len(drawn):
         return None
     quantiles: NDArray[np.float64] = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
-    if kind == "pearson":
-        estimate, (low, high) = float(_pearson(u, v, noise)), quantiles
-    else:
-        inner = float(coefficient(kind, true_u, true_v))
-        bias = float(kept.mean()) - inner
-        estimate = measured - bias
-        low = min(quantiles[0] - 2 * bias, measured + inner - quantiles[1])
-        high = max(quantiles[1] - 2 * bias, measured + inner - quantiles[0])
+    inner = float(coefficient(kind, true_u, true_v))
+    corrected = float(_pearson(u, v, noise)) if kind == "pearson" else measured
+    bias = 0.0 if kind == "pearson" else float(kept.mean()) - inner
+    estimate = corrected - bias
+    low = min(quantiles[0], quantiles[0] - 2 * bias, corrected + inner - quantiles[1])
+    high = max(quantiles[1], quantiles[1] - 2 * bias, corrected + inner - quantiles[0])
     clipped = [float(np.clip(number, -1, 1)) for number in (estimate, low, high)]
     return measured, clipped[0], min(clipped[:2]), max(clipped[0], clipped[2])
 

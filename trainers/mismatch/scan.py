@@ -42,13 +42,18 @@ class Contrasts:
 
 
 def floored(covariance: Array) -> Array:
-    """Raise variances (K, K) of points whose standard error is below half of the median of those so far.
+    """Raise variances (K, K) of points whose standard error is below half of the median of the positive ones so far.
 
     Scores near a bound have a standard error near 0 that is itself an accident; noise is added, so no pair becomes
-    more certain than it was. Point t depends on points up to t only.
+    more certain than it was. Point t depends on points up to t only, or on the first positive one. Raises ValueError
+    if there is none.
     """
     se = np.sqrt(np.diag(covariance))
-    lowest = np.array([DIAGONAL_FLOOR * np.median(se[: t + 1]) for t in range(len(se))])
+    if not np.any(se > 0):
+        raise ValueError("every standard error is 0")
+    first = int(np.argmax(se > 0))
+    seen = [se[: max(t, first) + 1] for t in range(len(se))]
+    lowest = np.array([DIAGONAL_FLOOR * np.median(part[part > 0]) for part in seen])
     return np.asarray(covariance + np.diag(np.maximum(lowest**2 - se**2, 0)))
 
 
