@@ -2,8 +2,8 @@
 
 The estimand is a property of this run: the correlation of the *true* values at the versions where both were measured.
 The path of the policy is the signal; only the errors of measurement are random (Lambert & Calandra, Fig. 4). It says
-nothing about other runs. Exact ties among true values make rank correlations jump: an interval may then
-miss. Kendall's may also miss when the true order is the same throughout, tau = 1 (about 0.9 of 200 runs held it).
+nothing about other runs. Exact ties among true values make rank correlations jump: an interval may
+then miss. Kendall's also covers too little where the true orders agree throughout, tau = 1: 181 of 200 simulated runs.
 """
 
 from dataclasses import dataclass
