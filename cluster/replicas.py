@@ -163,7 +163,7 @@ class Replicas:
                     await self._catch_up(replica)
                 except InfraError as error:
                     why = error
-        except Exception as error:
+        except Exception as error:  # nobody awaits this task; whoever waits for a replica raises it
             self._failed = error
         async with self._changed:
             self._changed.notify_all()
