@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from tests.ranks import random_batch, recipe, tiny_policy, train_and_publish
 from trainers.critic import Critic
-from trainers.engine import free_port, learning_rate_factor
+from trainers.engine import free_port, learning_rate_factor, load_ops
 from trainers.learner import Learner
 from trainers.types import Batch
 
@@ -238,3 +239,16 @@ def test_learning_rate_schedules() -> None:
     linear = [learning_rate_factor(step, "linear", 2, 10) for step in (2, 6, 10, 12)]
     assert linear == [1.0, 0.5, 0.0, 0.0]
     assert [learning_rate_factor(step, "cosine", 0, 10) for step in (0, 5, 10)] == pytest.approx([1, 0.5, 0])
+
+
+def test_a_process_killed_while_it_built_the_op_blocks_nobody(tmp_path: Path) -> None:
+    load_ops()
+    built = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    ours = shutil.copytree(built, tmp_path / built.name)
+    left = ours / "deepspeed_shm_comm" / "lock"
+    left.touch()  # what torch waits for, as long as it exists
+    command = [sys.executable, "-c", "from trainers.engine import load_ops; load_ops(); print('loaded')"]
+    environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert child.stdout.splitlines()[-1:] == ["loaded"], child.stderr
+    assert not left.exists()

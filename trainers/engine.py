@@ -1,5 +1,7 @@
 """DeepSpeed: the one place that imports it."""
 
+import fcntl
+import hashlib
 import logging
 import math
 import os
@@ -20,7 +22,9 @@ if not torch.cuda.is_available():  # DeepSpeed decides while it is imported
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import logger as deepspeed_logger
+from torch.utils.cpp_extension import get_default_build_root
 
 from configs import schema
 
@@ -53,6 +57,7 @@ def join(process: Process, timeout_s: float = 600) -> None:
         if shape != (process.rank, process.world_size):
             raise RuntimeError(f"this process is already rank {shape[0]} of {shape[1]}, not {process}")
         return
+    load_ops()
     port = process.master_port or free_port()
     os.environ |= {
         "RANK": str(process.rank),
@@ -63,6 +68,28 @@ def join(process: Process, timeout_s: float = 600) -> None:
     }
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+
+
+def load_ops() -> None:
+    """Compile, once per installation, and load the C++ op that DeepSpeed's collectives use on a CPU.
+
+    torch guards a build by the mere existence of a file: a process killed in a build, or while it loads what is built,
+    leaves that file, and all later ones wait for ever. Here the kernel holds the lock, and what it finds then is stale.
+    """
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+        return
+    # A directory of our own: two installations that share one build over each other, and others don't hold our lock.
+    ours = "headroom-" + hashlib.sha256(f"{torch.__version__} {deepspeed.__file__}".encode()).hexdigest()[:8]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    directory = root if root.name == ours else root / ours  # the parent of this process may have set it
+    directory.mkdir(parents=True, exist_ok=True)
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(directory)
+    with (directory / "in_use").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for stale in directory.glob("*/lock"):
+            stale.unlink()
+        builder.load()
 
 
 def free_port() -> int:
