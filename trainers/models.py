@@ -51,11 +51,10 @@ class PolicyModel(nn.Module):
         logits = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config())
         if temperature != 1.0:  # spares a pass over the vocabulary
             logits = logits / temperature
-        normaliser = logits.logsumexp(-1)
-        logprobs = logits.gather(-1, targets[:, None])[:, 0] - normaliser
+        every = logits.log_softmax(-1)
         with torch.no_grad():
-            entropies = normaliser - ((logits - normaliser[:, None]).exp() * logits).sum(-1)
-        return logprobs, entropies
+            entropies = -(every.exp() * every).sum(-1)
+        return every.gather(-1, targets[:, None])[:, 0], entropies
 
 
 class ValueModel(nn.Module):
