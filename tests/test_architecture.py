@@ -13,7 +13,7 @@ ORDER = ("configs", "trainers", "actors", "cluster")
 HOMES = {
     "vllm": {"actors/generator.py", "actors/weight_sync.py"},
     "deepspeed": {"trainers/engine.py"},
-    "mlflow": {"trainers/tracking.py"},
+    "mlflow": {"trainers/tracking.py", "trainers/tracked.py"},
 }
 NEVER = {"configs": {"torch", "ray", "vllm", "transformers"}, "trainers": {"ray", "vllm"}}
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "mlflow", "transformers", "datasets", "pandas", "pyarrow")

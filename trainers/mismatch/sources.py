@@ -18,10 +18,11 @@ def from_table(
 ) -> Series:
     """Build a series from columns of equal length, one row a version, rows in order of version.
 
-    Column `<name>_se`, where there is one, is the standard error of `<name>`, in its unit. A cell that is None or empty
-    text was not measured; a number may be given as text. The first of `evaluations` is the primary one. Raises
-    UserError for an unknown column, a cell that is no number, NaN, versions that repeat or are out of order, a value
-    without its standard error, or no evaluation at all.
+    Column `<name>_se`, where there is one, is the standard error of `<name>`, in its unit. A cell may be a list:
+    the scores of the same prompts at every version, None where undefined; they are paired (`from_scores`). A cell that
+    is None or empty text was not measured; a number may be given as text. The first of `evaluations` is the primary
+    one. Raises UserError for an unknown column, a cell that is no number, NaN, versions that repeat or are out of
+    order, a value without its standard error, lists of unequal length, or no evaluation at all.
     """
     lengths = {name: len(column) for name, column in table.items()}
     if len(set(lengths.values())) > 1:
@@ -74,7 +75,29 @@ def _paired(name: str, metric: str, by_version: Mapping[int, Evaluation]) -> Cur
     return from_scores(name, versions, scores, clusters=np.array(uids))
 
 
+def is_scores(cell: Any) -> bool:
+    """Whether a cell holds per-prompt scores rather than one number."""
+    return isinstance(cell, list | tuple | np.ndarray)
+
+
+def _scored(name: str, column: Sequence[Any], versions: Sequence[int]) -> Curve:
+    measured = [(at, cell) for at, cell in zip(versions, column, strict=True) if not _missing(cell)]
+    first, length = measured[0][0], len(measured[0][1]) if is_scores(measured[0][1]) else 0
+    for at, cell in measured:
+        if not is_scores(cell) or not len(cell):
+            raise UserError(f"{name} is {cell!r} at version {at}: it must be a list of scores, as at other versions")
+        if len(cell) != length:
+            raise UserError(
+                f"{name} has {length} scores at version {first} and {len(cell)} at version {at}: "
+                "score the same prompts at every version, null where a score is undefined"
+            )
+    scores = [[_number(score, f"score {i} of {name}", at) for i, score in enumerate(cell, 1)] for at, cell in measured]
+    return from_scores(name, [at for at, _ in measured], np.array(scores, np.float64))
+
+
 def _curve(table: Table, name: str, versions: Sequence[int]) -> Curve:
+    if any(is_scores(cell) for cell in _column(table, name)):
+        return _scored(name, _column(table, name), versions)
     cells = [_number(cell, name, at) for cell, at in zip(_column(table, name), versions, strict=True)]
     measured = [row for row, cell in enumerate(cells) if cell is not None]
     at = [versions[row] for row in measured]

@@ -1,0 +1,262 @@
+"""One run as the instrument sees it, whoever trained it: which of its columns are what, and the curves they make."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from configs.errors import UserError
+from trainers.mismatch import Curve, Series, from_means, from_records, from_table
+from trainers.mismatch.sources import Table, is_scores
+from trainers.rundir import content_hash
+from trainers.types import Evaluation
+
+Kind = Literal["entropy", "length", "truncation", "repetition", "reward spread"]
+Points = Sequence[tuple[int, float]]  # (policy version, value)
+
+REWARD, KL, VERSION = ("reward/mean", "reward"), ("kl/reference", "kl"), ("version", "step")
+SHOWN_COLUMNS = 20
+EVALUATION_TAG = "config.evaluation"  # hash of the recipe's section; every run of Headroom has it
+# What may show over-optimisation before an evaluation does, by the names of Headroom and of TRL.
+EARLY: Mapping[str, Kind] = {
+    "policy/entropy": "entropy",
+    "entropy": "entropy",
+    "rollout/length_mean": "length",
+    "completions/mean_length": "length",
+    "length": "length",
+    "words": "length",
+    "rollout/truncated_fraction": "truncation",
+    "completions/clipped_ratio": "truncation",
+    "repetition": "repetition",
+    "distinct": "repetition",
+    "reward/std": "reward spread",
+    "reward_std": "reward spread",
+}
+# Metrics that describe answers, or are the proxy itself: more of them is not better.
+NOT_QUALITY = ("length", "words", "repetition", "distinct", "refusal", "reward")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Columns:
+    """Which columns (metrics, `task/metric`) are what; None or empty: found by name, see `trainers.sources.read`."""
+
+    reward: str | None = None
+    evaluations: tuple[str, ...] = ()  # the first is the primary one
+    kl: str | None = None
+    version: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EarlyWarning:
+    """A curve that may move before the evaluations do; `curve.name` is its name in the source."""
+
+    kind: Kind
+    curve: Curve
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRun:
+    """One run with everything the instrument can use of it."""
+
+    name: str  # of the run; of a file its stem
+    source: str  # what `trainers.sources.read` finds it by again: a path, or mlflow:RUN_ID
+    series: Series
+    planned: int | None = None  # versions that the primary evaluation will have in the end; None: not known
+    params: Mapping[str, str] = field(default_factory=dict)  # "algorithm.kl.coefficient": "0.02"; secrets are masked
+    evaluation_hash: str | None = None  # equal: evaluated in the same way on the same prompts; None: not known
+    early_warnings: tuple[EarlyWarning, ...] = ()
+    # version -> samples of the primary evaluation's task: prompt, completion, and each metric's score by its name
+    samples: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    seconds: float | None = None  # spent on it so far; None: not known
+    notes: tuple[str, ...] = ()  # what was found by name and could be chosen otherwise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Logged:
+    """What a run of Headroom left, in its directory or in MLflow."""
+
+    params: Mapping[str, str]
+    tags: Mapping[str, str]
+    metrics: Mapping[str, Points]
+    records: Mapping[int, Sequence[Evaluation]]  # by version
+
+
+def choose(columns: Columns, names: Sequence[str], recognised: Sequence[str], where: str) -> Columns:
+    """Name every column, by `columns` or else by the usual names; `recognised` are evaluations if none is given.
+
+    Raises UserError, with the columns that there are, for one that is not there or cannot be guessed.
+    """
+    options = {"--reward": columns.reward, "--kl": columns.kl, "--version": columns.version}
+    for option, name in [*options.items(), *(("--eval", name) for name in columns.evaluations)]:
+        if name is not None and name not in names:
+            raise UserError(f"{where}: {option}: there is no column {name}: the columns are {_listed(names)}")
+    reward = columns.reward or _known("reward", "--reward", REWARD, names, where)
+    version = columns.version or _known("version", "--version", VERSION, names, where)
+    kl = columns.kl or next((name for name in KL if name in names), None)
+    taken = (reward, version, kl)
+    evaluations = columns.evaluations or tuple(name for name in recognised if name not in taken)
+    if not evaluations:
+        rest = [name for name in names if name not in taken and not name.endswith("_se")]
+        if not rest:
+            raise UserError(f"{where}: no evaluations: the columns are {_listed(names)}")
+        raise UserError(f"{where}: which column is the evaluation? name it with --eval: there are {_listed(rest)}")
+    return Columns(reward=reward, evaluations=evaluations, kl=kl, version=version)
+
+
+def recognise(names: Sequence[str], with_scores: Sequence[str] = ()) -> list[str]:
+    """Return which columns are evaluations: `eval/…`, or else those with standard errors or per-prompt scores."""
+    values = [name for name in names if not name.endswith("_se")]
+    return [name for name in values if name.startswith("eval/")] or [
+        name for name in values if f"{name}_se" in names or name in with_scores
+    ]
+
+
+def early_columns(names: Sequence[str]) -> dict[str, Kind]:
+    """Return the columns that are early warnings, by their name or the last part of it."""
+    kinds = {name: EARLY.get(name) or EARLY.get(name.rpartition("/")[2]) for name in names}
+    return {name: kind for name, kind in kinds.items() if kind is not None}
+
+
+def from_columns(name: str, source: str, table: Table, columns: Columns, chosen: Columns) -> MeasuredRun:
+    """Build a run from a table, one row a version. Raises UserError naming the source and what is wrong in it."""
+    version = chosen.version or ""
+    try:
+        series = from_table(
+            table, reward=chosen.reward or "", evaluations=chosen.evaluations, kl=chosen.kl, version=version
+        )
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    versions = [int(float(cell)) for cell in table[version]]
+    return MeasuredRun(
+        name=name,
+        source=source,
+        series=series,
+        early_warnings=tuple(
+            EarlyWarning(kind=kind, curve=_defined(column, zip(versions, map(_mean, table[column]), strict=True)))
+            for column, kind in early_columns([*table]).items()
+            if column not in chosen.evaluations
+        ),
+        notes=_notes(columns, chosen),
+    )
+
+
+def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> MeasuredRun:
+    """Build a run of Headroom from what it logged: evaluations are paired by prompt, reward and KL are metrics.
+
+    Raises UserError naming the source and what is wrong in it.
+    """
+    if columns.version is not None:
+        raise UserError(f"{source}: --version {columns.version}: in a run of Headroom it is the policy version")
+    if not logged.records:
+        raise UserError(f"{source}: no evaluations so far; evaluation.tasks of the recipe says what is evaluated")
+    scored = list(dict.fromkeys(key for results in logged.records.values() for key in _keys(results)))
+    metrics = [key for key in logged.metrics if not key.startswith(("eval/", "system/"))]
+    primary = logged.params.get("evaluation.primary")
+    quality = [key for key in scored if key.rpartition("/")[2] not in NOT_QUALITY and key != primary]
+    columns = replace(columns, evaluations=tuple(key.removeprefix("eval/") for key in columns.evaluations))
+    recognised = [primary, *quality] if primary in scored else quality
+    chosen = choose(columns, ["version", *metrics, *scored], [key for key in recognised if key], source)
+    kinds = early_columns([*metrics, *scored])
+    named = [key for key in (chosen.reward, chosen.kl, *chosen.evaluations) if key is not None]
+    try:
+        paired = from_records(_only(logged.records, {*named, *kinds}), reward=from_means("", [], [], None))
+        curves = {curve.name: curve for curve in paired.evaluations}
+        curves |= {key: _defined(key, logged.metrics[key]) for key in kinds if key in metrics}
+        curves |= {key: from_means(key, *_columns(logged.metrics[key]), None) for key in named if key in metrics}
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    first = chosen.evaluations[0]
+    return MeasuredRun(
+        name=name,
+        source=source,
+        series=Series(
+            reward=curves[chosen.reward or ""],
+            kl=None if chosen.kl is None else curves[chosen.kl],
+            evaluations=tuple(curves[key] for key in chosen.evaluations),
+        ),
+        planned=_planned(logged.params, curves[first]),
+        params=logged.params,
+        evaluation_hash=_evaluation_hash(logged),
+        early_warnings=tuple(
+            EarlyWarning(kind=kind, curve=curves[key]) for key, kind in kinds.items() if key not in chosen.evaluations
+        ),
+        samples=_samples(logged.records, task=first.rpartition("/")[0]),
+        seconds=math.fsum(value for _, value in logged.metrics.get("time/step", ())),
+        notes=() if primary in scored else _notes(columns, chosen),
+    )
+
+
+def _known(what: str, option: str, usual: Sequence[str], names: Sequence[str], where: str) -> str:
+    for name in usual:
+        if name in names:
+            return name
+    raise UserError(f"{where}: which column is the {what}? name it with {option}: the columns are {_listed(names)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN_COLUMNS} more" if len(names) > SHOWN_COLUMNS else ""
+    return ", ".join(names[:SHOWN_COLUMNS]) + more
+
+
+def _notes(columns: Columns, chosen: Columns) -> tuple[str, ...]:
+    count = len(chosen.evaluations)
+    if columns.evaluations or count == 1:
+        return ()
+    return (f"{chosen.evaluations[0]} is taken for the primary evaluation, the first of {count}: choose with --eval",)
+
+
+def _keys(results: Sequence[Evaluation]) -> list[str]:
+    return [f"{result.task}/{metric}" for result in results for metric in result.scores]
+
+
+def _only(records: Mapping[int, Sequence[Evaluation]], used: set[str]) -> dict[int, list[Evaluation]]:
+    """Leave out metrics that nobody asked for: what is wrong with them is no reason to refuse."""
+    return {
+        version: [
+            replace(result, scores={m: s for m, s in result.scores.items() if f"{result.task}/{m}" in used})
+            for result in results
+        ]
+        for version, results in records.items()
+    }
+
+
+def _columns(points: Points) -> tuple[list[int], list[float]]:
+    return [version for version, _ in points], [value for _, value in points]
+
+
+def _mean(cell: Any) -> float:
+    """Return a cell's number, the mean of its defined scores, or NaN."""
+    numbers = [_mean(score) for score in cell] if is_scores(cell) else []
+    if defined := [number for number in numbers if math.isfinite(number)]:
+        return math.fsum(defined) / len(defined)
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def _defined(name: str, points: Iterable[tuple[int, float]]) -> Curve:
+    return from_means(name, *_columns([point for point in points if math.isfinite(point[1])]), None)
+
+
+def _planned(params: Mapping[str, str], primary: Curve) -> int | None:
+    """Return at how many versions the recipe has the primary evaluation measured, if it has kept to that so far."""
+    try:
+        steps, every = int(params["run.steps"]), int(params["evaluation.every"])
+    except (KeyError, ValueError):
+        return None
+    due = sorted({*range(0, steps, every), steps})
+    return len(due) if due[: len(primary.versions)] == primary.versions.tolist() else None
+
+
+def _evaluation_hash(logged: Logged) -> str | None:
+    """Hash the recipe's evaluation section with the prompts that it led to."""
+    if EVALUATION_TAG not in logged.tags:
+        return None
+    first = logged.records[min(logged.records)]
+    prompts = {result.task: sorted({str(sample.get("prompt")) for sample in result.samples}) for result in first}
+    return content_hash([logged.tags[EVALUATION_TAG], prompts])[:12]
+
+
+def _samples(records: Mapping[int, Sequence[Evaluation]], task: str) -> dict[int, Sequence[Mapping[str, Any]]]:
+    return {version: r.samples for version, results in sorted(records.items()) for r in results if r.task == task}
