@@ -78,13 +78,50 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     evaluate.add_argument("--checkpoint", metavar="DIR", help="policy in HF format; default: model.path")
     config = _command(commands, "config", _config, "print the resolved recipe and where values come from", "CONFIG")
     config.add_argument("--schema", action="store_true", help="print the JSON schema for editors instead")
+    watch = _reader(
+        commands, "watch", _watch, "have reward and evaluations parted? on any run", "runs/NAME --once"
+    )
+    watch.add_argument("--once", action="store_true", help="print what there is now, and end")
+    watch.add_argument("--json", action="store_true", help="print the JSON object of docs/watch.md, one a line")
+    watch.add_argument("--every", metavar="SECONDS", type=float, default=10.0, help="between looks; default: 10")
     # Options may stand between the overrides, which nargs="*" alone does not allow.
     args, rest = parser.parse_known_args(argv)
     if wrong := [word for word in rest if word.startswith("-")]:
-        options = ["--debug", "--help", "--resume", "--only", "--checkpoint", "--schema"]
-        raise UserError(f"unknown option {wrong[0]}; {suggest(wrong[0], options)}")
+        raise UserError(f"unknown option {wrong[0]}; {suggest(wrong[0], _options(commands))}")
+    if rest and "config" not in args and args.command is not _demo:
+        raise UserError(f"unexpected {rest[0]!r}; see headroom --help")
     args.overrides += rest
     return args
+
+
+def _options(commands: "argparse._SubParsersAction[_Parser]") -> list[str]:
+    return sorted({option for parser in commands.choices.values() for option in parser._option_string_actions} - {"-h"})
+
+
+def _reader(
+    commands: "argparse._SubParsersAction[_Parser]",
+    name: str,
+    command: Callable[[argparse.Namespace], None],
+    summary: str,
+    example: str,
+) -> argparse.ArgumentParser:
+    """Add a command that reads runs, whoever trained them."""
+    parser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"example: headroom {name} {example}", allow_abbrev=False
+    )
+    parser.add_argument("source", metavar="SOURCE", help="a .csv or .jsonl, a run directory, or mlflow:RUN")
+    parser.add_argument("--reward", metavar="COL", help="the proxy reward's column; default: reward/mean or reward")
+    parser.add_argument(
+        "--eval", metavar="COL", action="append", help="an evaluation; repeat it, the primary one first"
+    )
+    parser.add_argument("--kl", metavar="COL", help="KL to the reference; default: kl/reference or kl")
+    parser.add_argument("--version", metavar="COL", help="the policy version; default: version or step")
+    parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; default: sqlite:///mlflow.db")
+    parser.add_argument("--margin", metavar="DROP", type=float, help="a drop of the evaluation that does not matter")
+    parser.add_argument("--planned", metavar="N", type=int, help="evaluated versions that the run will have")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
+    parser.set_defaults(command=command, overrides=[])
+    return parser
 
 
 def _command(
@@ -168,6 +205,22 @@ def _config(args: argparse.Namespace) -> None:
         raise UserError("config needs a recipe, or --schema; example: headroom config configs/quickstart.yaml")
     else:
         print(render(load_with_origins(args.config, args.overrides)), end="")
+
+
+def _watch(args: argparse.Namespace) -> None:
+    from cluster import watch
+    from trainers.measured import Columns
+    from trainers.mismatch import Settings
+
+    asked = watch.Watch(
+        source=args.source,
+        columns=Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version),
+        tracking_uri=args.tracking_uri,
+        settings=Settings(margin=args.margin, planned=args.planned),
+        as_json=args.json,
+        every_s=args.every,
+    )
+    watch.once(asked) if args.once else watch.follow(asked)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,388 @@
+"""`headroom watch`: any trainer's run in, state and numbers out; a mistake is one line and exit code 2."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+from mlflow.entities import Metric, Param
+
+from cluster.__main__ import main
+from cluster.watch import Watch, follow
+from configs.schema import Recipe
+from trainers.ledger import Entry, Ledger
+from trainers.measured import Columns
+from trainers.mismatch import Settings, from_scores, judge
+from trainers.rundir import RunDir
+from trainers.sources import read, read_all
+from trainers.tracking import Tracker
+from trainers.types import Evaluation
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "mlflow", "pandas")
+GOLD = (0.0, 0.4, 0.7, 0.9, 1.0, 1.0, 0.8, 0.5, 0.1, -0.4)  # at versions 0, 10, …: its peak is at 50
+STORE = "sqlite:///mlflow.db"
+TRL_EVAL = "eval_rewards/gold/mean"
+
+
+def csv(rows: int = 10, header: str = "version,reward,kl,gold,gold_se") -> str:
+    lines = [f"{10 * i},{i / 10},{i / 50},{GOLD[i]},0.05" for i in range(rows)]
+    return "\n".join([header, *lines, ""])
+
+
+def jsonl(*rows: Mapping[str, Any]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def scores() -> np.ndarray:
+    """Per-prompt scores (10 versions, 200 prompts): easy and hard prompts stay what they are."""
+    rng = np.random.default_rng(0)
+    return np.array(GOLD)[:, None] + rng.normal(0, 1, 200) + rng.normal(0, 0.3, (10, 200))
+
+
+def answers(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    assert main(["watch", *argv, "--once", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.count("\n") == 1
+    found: dict[str, Any] = json.loads(captured.out)
+    return found
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go to an empty directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A mistake: what lies about and what is typed, and what the answer must say."""
+
+    files: Mapping[str, str] = field(default_factory=dict)
+    argv: Sequence[str] = ("run.csv",)
+    says: Sequence[str]
+
+
+def of_csv(text: str, *says: str, argv: Sequence[str] = ()) -> Case:
+    return Case(files={"run.csv": text}, argv=["run.csv", *argv], says=says)
+
+
+def of_jsonl(text: str, *says: str) -> Case:
+    return Case(files={"run.jsonl": text}, argv=["run.jsonl"], says=says)
+
+
+ROW = {"version": 0, "reward": 0.1, "gold": [0.1, 0.2]}
+CASES = {
+    "no source": Case(argv=["nowhere.csv"], says=["nowhere.csv", "no such file or run directory", "mlflow:RUN"]),
+    "unknown kind of file": Case(files={"run.txt": "a"}, argv=["run.txt"], says=["run.txt", ".csv", ".jsonl"]),
+    "empty file": of_csv("", "run.csv", "empty"),
+    "only a header": of_csv("version,reward,gold\n", "empty"),
+    "short row": of_csv("version,reward,gold\n0,1\n", "run.csv:2", "3 columns", "fewer"),
+    "broken JSON": of_jsonl(jsonl(ROW) + '{"version": 1, "rew', "run.jsonl:2", "malformed"),
+    "no object": of_jsonl(jsonl(ROW) + "[1]\n", "run.jsonl:2", "malformed", "object"),
+    "no evaluations": of_csv("version,reward\n0,1\n", "no evaluations", "version, reward"),
+    "evaluations never measured": of_csv("version,reward,gold,gold_se\n0,1,,\n", "no evaluations", "gold"),
+    "which evaluation": of_csv("version,reward,gold,length\n0,1,2,3\n", "--eval", "gold, length"),
+    "which reward": of_csv("version,score,gold\n0,1,2\n", "--reward", "version, score, gold"),
+    "which version": of_csv("iteration,reward,gold\n0,1,2\n", "--version", "iteration, reward, gold"),
+    "unknown evaluation": of_csv(
+        csv(), "--eval", "golb", "version, reward, kl, gold, gold_se", argv=["--eval", "golb"]
+    ),
+    "unknown reward": of_csv(csv(), "--reward", "rewart", "version, reward, kl, gold", argv=["--reward", "rewart"]),
+    "unknown KL": of_csv(csv(), "--kl", "KL", "version, reward, kl, gold", argv=["--kl", "KL"]),
+    "unknown version": of_csv(csv(), "--version", "steps", "version, reward", argv=["--version", "steps"]),
+    "NaN": of_csv(csv(3) + "30,0.3,0.1,nan,0.05\n", "run.csv: gold is nan at version 30"),
+    "NaN reward": of_csv(csv(3) + "30,nan,0.1,1,0.05\n", "reward is nan at version 30"),
+    "NaN among scores": of_jsonl('{"version": 0, "reward": 1, "gold": [1, NaN]}\n', "score 2 of gold is nan", "0"),
+    "no number": of_csv(csv(3) + "30,0.3,0.1,high,0.05\n", "gold is 'high' at version 30"),
+    "version twice": of_csv(csv(3) + "20,0.3,0.1,1,0.05\n", "version 20 twice", "one row a version"),
+    "unordered versions": of_csv(csv(3) + "15,0.3,0.1,1,0.05\n", "version 15 after version 20", "in order"),
+    "half a version": of_csv(csv(1) + "0.5,0.3,0.1,1,0.05\n", "row 2", "whole number"),
+    "no standard error": of_csv(csv(3) + "30,0.3,0.1,1,\n", "version 30", "gold_se"),
+    "other prompts": of_jsonl(
+        jsonl(ROW, {"version": 1, "reward": 0.2, "gold": [0.3]}), "2 scores at version 0", "1 at version 1", "same"
+    ),
+    "scores and numbers": of_jsonl(
+        jsonl(ROW, {"version": 1, "reward": 0.2, "gold": 0.3}), "gold is 0.3 at version 1", "list"
+    ),
+    "no run directory": Case(files={"runs/a/notes.txt": ""}, argv=["runs/a"], says=["runs/a", "no run directory"]),
+    "run without evaluations": Case(
+        files={"runs/a/metrics.jsonl": jsonl({"kind": "tag", "key": "a", "value": "b"})},
+        argv=["runs/a"],
+        says=["runs/a", "no evaluations so far", "evaluation.tasks"],
+    ),
+    "more than was planned": of_csv(csv(), "10 evaluated versions", "4 were planned", argv=["--planned", "4"]),
+    "margin": of_csv(csv(), "margin -1", argv=["--margin", "-1"]),
+    "no number of seconds": of_csv(csv(), "--every", "often", argv=["--every", "often"]),
+    "no time between looks": of_csv(csv(), "--every 0", "above 0", argv=["--every", "0"]),
+    "unknown option": of_csv(csv(), "--evel", "--eval", argv=["--evel", "gold"]),
+    "two sources": of_csv(csv(), "unexpected 'other.csv'", argv=["other.csv"]),
+}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=name) for name, case in CASES.items()])
+def test_a_mistake_is_answered_in_one_line(
+    case: Case, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in HEAVY:  # None is what Python itself takes for "not importable"
+        monkeypatch.setitem(sys.modules, name, None)
+    for name, content in case.files.items():
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        (here / name).write_text(content)
+    refused(["watch", *case.argv, "--once", "--json"], case.says, capsys)
+
+
+def refused(argv: Sequence[str], says: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("headroom: error: ") and captured.err.count("\n") == 1, captured.err
+    assert [part for part in says if part not in captured.err] == [], captured.err
+
+
+def test_nothing_heavy_is_imported(here: Path) -> None:
+    (here / "run.csv").write_text(csv(4))
+    code = f"""
+import sys
+from cluster.__main__ import main
+assert main(["watch", "run.csv", "--once"]) == 0
+assert [name for name in {HEAVY} if name in sys.modules] == []
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_csv_is_judged(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "run.csv").write_text(csv())
+    found = answers(["run.csv"], capsys)
+    verdict = judge(read("run.csv").series)
+    assert (found["state"], found["since_version"]) == ("parted", verdict.since_version)
+    assert found["evaluation"] == "gold" and found["evaluated_versions"] == list(range(0, 100, 10))
+    assert found["minimum_detectable_drop"] == verdict.primary.minimum_detectable_drop
+    pairs = {(one["x"], one["y"]) for one in found["correlations"]}
+    assert pairs == {("reward", "gold"), ("kl", "gold")} and len(found["correlations"]) == 6
+    assert found["reasons"] == ["reward has no standard error: its own second differences stand in for it"]
+
+
+def test_each_field_is_documented(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "run.csv").write_text(csv())
+    found = answers(["run.csv"], capsys)
+    rows = re.findall(r"^\| `([a-z_.]+)` \|", (ROOT / "docs" / "watch.md").read_text(), re.M)
+    fields = [*found, *(f"alarms.{key}" for key in found["alarms"][0])]
+    fields += [f"alarms.falls.{key}" for key in found["alarms"][0]["falls"][0]]
+    fields += [f"correlations.{key}" for key in found["correlations"][0]]
+    assert sorted(rows) == sorted(fields)
+
+
+def test_columns_can_be_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "run.csv").write_text(csv(header="iteration,score,divergence,truth,truth_se"))
+    named = ["--version", "iteration", "--reward", "score", "--kl", "divergence", "--eval", "truth", "--margin", "9"]
+    found = answers(["run.csv", *named], capsys)
+    assert (found["reward"], found["evaluation"], found["state"]) == ("score", "truth", "flattening")
+    assert found["alarms"][0]["margin"] == 9
+
+
+def test_per_prompt_scores_are_paired(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_prompts = scores()
+    rows = [{"version": 10 * i, "reward": i / 10, "gold": row.tolist()} for i, row in enumerate(of_prompts)]
+    (here / "paired.jsonl").write_text(jsonl(*rows))
+    errors = of_prompts.std(1, ddof=1) / np.sqrt(200)
+    for row, mean, error in zip(rows, of_prompts.mean(1), errors, strict=True):
+        row |= {"gold": mean, "gold_se": error}
+    (here / "means.jsonl").write_text(jsonl(*rows))
+    paired, unpaired = (answers([f"{name}.jsonl"], capsys) for name in ("paired", "means"))
+    assert paired["minimum_detectable_drop"] < 0.6 * unpaired["minimum_detectable_drop"]
+    curve = read("paired.jsonl").series.primary
+    oracle = from_scores("gold", curve.versions.tolist(), of_prompts)
+    assert curve.covariance is not None and oracle.covariance is not None and curve.prompts == 200
+    np.testing.assert_allclose(curve.covariance, oracle.covariance, rtol=1e-12)
+    assert curve.se is not None
+    np.testing.assert_allclose(curve.se, errors, rtol=1e-12)
+
+
+def test_what_is_undefined_or_was_not_measured_stays_out(here: Path) -> None:
+    rows = [{"version": i, "reward": i, "gold": [1.0, i, None, 0.5 * i]} for i in range(3)] + [
+        {"version": 3, "reward": 3}
+    ]
+    (here / "run.jsonl").write_text(jsonl(*rows))
+    run = read("run.jsonl")
+    assert run.series.primary.versions.tolist() == [0, 1, 2] and run.series.primary.prompts == 3
+    assert run.series.reward.versions.tolist() == [0, 1, 2, 3]
+
+
+def test_several_evaluations_without_a_primary_one_are_noted(here: Path) -> None:
+    (here / "run.csv").write_text("step,reward,eval/a,eval/a_se,eval/b,entropy\n0,1,2,.1,3,.5\n1,1,2,.1,3,\n")
+    run = read("run.csv")
+    assert [curve.name for curve in run.series.evaluations] == ["eval/a", "eval/b"]
+    assert run.notes == ("eval/a is taken for the primary evaluation, the first of 2: choose with --eval",)
+    assert [(early.kind, early.curve.versions.tolist()) for early in run.early_warnings] == [("entropy", [0])]
+    assert read("run.csv", Columns(evaluations=("eval/b",))).notes == ()
+
+
+def test_a_run_is_shown_again_when_it_has_new_points(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = here / "run.csv"
+    path.write_text(csv(4))
+    said: list[tuple[str, str]] = []
+    changes = [csv(4), csv(4) + "40,0.4", csv(4) + "40,0.4", csv(4) + "40,0.4", csv(5), csv(10)]
+
+    def wait(seconds: float) -> None:
+        assert seconds == 10
+        said.append(capsys.readouterr())
+        if not changes:
+            raise KeyboardInterrupt
+        path.write_text(changes.pop(0))
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(Watch(source=str(path), columns=Columns(), settings=Settings(runs=2000)), wait)
+    shown = [re.findall(r"(\d+) evaluations by gold", out) for out, _ in said]
+    assert shown == [["4"], [], [], [], [], ["5"], ["10"]]
+    assert "parted since version" in said[-1][0] and "aligned" in said[0][0]
+    warned = [err for _, err in said if err]
+    assert len(warned) == 1 and warned[0].startswith("headroom: warning: ") and "run.csv:6" in warned[0]
+
+
+@pytest.mark.slow
+def test_control_c_ends_it_cleanly(here: Path) -> None:
+    (here / "run.csv").write_text(csv(4))
+    argv = [sys.executable, "-m", "cluster", "watch", "run.csv", "--json", "--every", "0.05"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        argv, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        assert len(json.loads(running.stdout.readline())["evaluated_versions"]) == 4
+        (here / "run.csv").write_text(csv(5))
+        assert len(json.loads(running.stdout.readline())["evaluated_versions"]) == 5
+        running.send_signal(signal.SIGINT)
+        assert running.stdout.read() == "" and running.stderr.read() == ""
+    assert running.returncode == 130
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make a directory with a run of Headroom, in `run` and in MLflow, and runs as TRL's trainer logs them."""
+    root = tmp_path_factory.mktemp("store")
+    uri = f"sqlite:///{root}/mlflow.db"
+    client = mlflow.MlflowClient(uri)
+    for name in ("headroom", "trl", "empty"):
+        client.create_experiment(name, artifact_location=(root / name).as_uri())
+    before = mlflow.get_tracking_uri()
+    headroom_run(root / "run", uri)
+    mlflow.set_tracking_uri(before)
+    [experiment] = client.search_experiments(filter_string="name = 'trl'")
+    for name in ("grpo", "again", "again"):
+        run_id = client.create_run(experiment.experiment_id, run_name=name).info.run_id
+        points = [Metric(key, value, 1000 + step, step) for step in range(100) for key, value in trl(step).items()]
+        client.log_batch(run_id, points, [Param("learning_rate", "1e-06")])
+        client.set_terminated(run_id)
+    return root
+
+
+def trl(step: int) -> dict[str, float]:
+    """What transformers' MLflow callback sends at a step of GRPOTrainer with a second, unweighted reward function."""
+    metrics = {"reward": step / 100, "reward_std": 0.3, "kl": step / 500, "entropy": 2.0, "loss": 0.0}
+    if step % 10 == 0:
+        metrics |= {"eval_reward": step / 100, TRL_EVAL: GOLD[step // 10], "eval_rewards/gold/std": 0.5}
+        metrics |= {f"{TRL_EVAL}_se": 0.05, "eval_loss": 0.0}
+    return metrics
+
+
+def headroom_run(path: Path, uri: str) -> None:
+    """Write a run directory as a training does: killed after version 60, resumed from 50 on."""
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "mine", "steps": 90},
+            "model": {"path": "some/model"},
+            "data": {"path": "some/data"},
+            "sampling": {"max_tokens": 48},
+            "evaluation": {"every": 10, "primary": "task/gold"},
+            "tracking": {"uri": uri, "experiment": "headroom", "system_metrics": False},
+        }
+    )
+    rundir = RunDir(path).create()
+    for incarnation, versions in enumerate((range(0, 61), range(51, 91))):
+        if incarnation:
+            Ledger(rundir.ledger).roll_back(50)
+        with Tracker(recipe, rundir, incarnation=incarnation) as tracker:
+            for version in versions:
+                if version:
+                    Ledger(rundir.ledger).append(step_of(version, incarnation))
+                tracker.log_metrics(version, {"reward/mean": version / 100 - incarnation, "time/step": 1.0})
+                tracker.log_metrics(version, {"kl/reference": version / 500, "policy/entropy": float("nan")})
+                if version % 10 == 0:
+                    tracker.log_evaluations([evaluation(version, shift=5.0 * (incarnation == 0 and version > 50))])
+            tracker.finish(deadline_s=120)
+
+
+def step_of(version: int, incarnation: int) -> Entry:
+    return Entry(
+        step=version, version=version, prompts=(f"p{version}",), rollouts=(), loss=0.0, grad_norm=0.0,
+        weights_hash="", rng_hash="", incarnation=incarnation,
+    )  # fmt: skip
+
+
+def evaluation(version: int, shift: float) -> Evaluation:
+    gold = scores()[version // 10] + shift
+    length = np.full(200, 10.0 + version)
+    return Evaluation(
+        version=version,
+        task="task",
+        prompt_uids=tuple(f"e0-p{i}" for i in range(200)),
+        scores={"length": length.astype(np.float32), "gold": gold.astype(np.float32)},
+        samples=({"uid": "e0-p0-s0", "prompt": "p", "completion": f"answer {version}", "gold": float(gold[0])},),
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_headroom_says_the_same_from_its_directory_and_from_mlflow(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(store)
+    found = answers(["run"], capsys)
+    assert found["state"] == "broken" and found["evaluation"] == "task/gold"
+    assert found["evaluated_versions"] == list(range(0, 91, 10)) and found["reward"] == "reward/mean"
+    run_id = (store / "run" / "mlflow_run_id").read_text().strip()
+    assert answers([f"mlflow:{run_id}"], capsys) == found
+    assert answers(["mine", "--tracking-uri", STORE], capsys) == found
+    here, there = read("run"), read(f"mlflow:{run_id}")
+    np.testing.assert_allclose(here.series.primary.mean, scores().mean(1), atol=1e-6)
+    assert here.series.reward.mean[50] == pytest.approx(0.50) and here.series.reward.mean[51] == pytest.approx(-0.49)
+    for run in (here, there):
+        assert run.planned == 10 and run.name == "mine" and run.seconds == 91
+        assert [early.curve.name for early in run.early_warnings] == ["policy/entropy", "task/length"]
+        assert run.samples[60][0]["completion"] == "answer 60" and run.params["run.steps"] == "90"
+    assert here.evaluation_hash == there.evaluation_hash is not None
+    assert here.params == there.params
+
+
+@pytest.mark.slow
+def test_a_run_of_trl_is_judged(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(store)
+    found = answers(["mlflow:grpo", "--eval", TRL_EVAL], capsys)
+    assert (found["state"], found["evaluation"], found["reward"]) == ("parted", TRL_EVAL, "reward")
+    run = read("mlflow:grpo", Columns(evaluations=(TRL_EVAL,)))
+    assert run.series.kl is not None and len(run.series.reward.versions) == 100
+    assert run.params == {"learning_rate": "1e-06"} and run.seconds is not None
+    assert {early.curve.name for early in run.early_warnings} == {"reward_std", "entropy"}
+    assert [one.name for one in read_all("mlflow:trl")] == ["again", "again", "grpo"]
+    refused(["watch", "mlflow:again", "--once"], ["2 runs are called again", "by its id"], capsys)
+    refused(["watch", "mlflow:none", "--once"], ["no run or experiment none", "headroom", "trl"], capsys)
+    refused(["watch", "mlflow:empty", "--once"], ["experiment empty", "no runs"], capsys)
+    refused(["watch", "mlflow:grpo", "--eval", "golb", "--once"], ["--eval", "golb", TRL_EVAL], capsys)
+    refused(
+        ["watch", "mlflow:grpo", "--once", "--tracking-uri", "sqlite:///no.db"], ["no MLflow store", "no.db"], capsys
+    )
+    assert not (store / "no.db").exists()
