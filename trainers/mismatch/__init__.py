@@ -7,24 +7,39 @@ print(verdict.state, verdict.since_version, verdict.primary.minimum_detectable_d
 """
 
 from trainers.mismatch.alarm import Alarm, Fall, Settings, State, Verdict, judge
+from trainers.mismatch.budget import Budget, Option, Wanted, evaluation_budget
 from trainers.mismatch.correlation import Correlation, between, correlate
+from trainers.mismatch.selection import Choice, Estimate, Rival, Selected, Shortlist, choose, report, rivals, shortlist
 from trainers.mismatch.series import Curve, Series, from_means, from_scores
 from trainers.mismatch.sources import from_records, from_table
 
 __all__ = [
     "Alarm",
+    "Budget",
+    "Choice",
     "Correlation",
     "Curve",
+    "Estimate",
     "Fall",
+    "Option",
+    "Rival",
+    "Selected",
     "Series",
     "Settings",
+    "Shortlist",
     "State",
     "Verdict",
+    "Wanted",
     "between",
+    "choose",
     "correlate",
+    "evaluation_budget",
     "from_means",
     "from_records",
     "from_scores",
     "from_table",
     "judge",
+    "report",
+    "rivals",
+    "shortlist",
 ]

@@ -198,7 +198,9 @@ def _alarm(scanned: _Scanned, alpha: float, settings: Settings) -> Alarm:
         raised=bool(falls),
         falls=falls,
         margin=float(scanned.margins[-1]),
-        minimum_detectable_drop=_detectable(scanned, bound, settings.power),
+        minimum_detectable_drop=detectable_drop(
+            scanned.covariance, bound, float(scanned.margins[-1]), settings.power, float(scanned.scale[-1])
+        ),
         not_enough=None,
     )
 
@@ -231,17 +233,18 @@ def _ended(fall: Fall, version: int) -> Fall:
     return Fall(**fields, recovered=version)
 
 
-def _detectable(scanned: _Scanned, bound: Array, power: float) -> float:
+def detectable_drop(covariance: Array, bound: Array, margin: float, power: float, scale: float = 1.0) -> float:
     """Return the step that the latest look finds with `power` or more, held for the latest 3 points after 3 before.
 
-    Fewer where there are fewer points. A contrast's normal power alone; the maximum over contrasts can only add to it.
+    `covariance` (K, K) of the errors, `bound` (K,) of the scan, `scale` the noise scale; in the evaluation's unit. Fewer
+    where there are fewer points. A contrast's normal power alone; the maximum over contrasts can only add to it.
     """
-    look = len(scanned.margins) - 1
+    look = len(covariance) - 1
     latest = min(3, (look + 1) // 2)
-    found = scan.contrasts(scanned.covariance, look)
+    found = scan.contrasts(covariance, look)
     here = (found.latest == latest) & (found.stop == look + 1 - latest) & (found.stop - found.start == latest)
-    sd = float(found.sd[here][0]) * float(scanned.scale[look])
-    return float(scanned.margins[look] + (bound[look] + stats.norm.ppf(power)) * sd)
+    sd = float(found.sd[here][0]) * scale
+    return float(margin + (bound[look] + stats.norm.ppf(power)) * sd)
 
 
 def _holm(named: Sequence[_Scanned | Alarm], settings: Settings) -> tuple[Alarm, ...]:

@@ -1,0 +1,398 @@
+"""Which version is best, and how good is it: shortlist, re-evaluate, choose on pooled data, report from a third sample.
+
+    listed = shortlist(curve)             # evaluate listed.versions again, on other prompts
+    choice = choose(curve, again)         # again: that re-evaluation
+    found = report(choice, fresh)         # fresh: choice.version and choice.base on prompts that neither has seen
+
+The three samples must not share prompts; curves carry no prompts, so that is the caller's to keep. The maximum of noisy
+values is biased upward, so is every value read off the data that it was chosen on; only an untouched sample has none.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from configs.errors import UserError
+from trainers.mismatch import scan
+from trainers.mismatch.series import Array, Curve, Integers, Series
+
+Source = Literal["untouched", "pooled", "curve"]
+Rule = Literal["last", "highest reward", "KL budget", "raw best"]
+
+FEWEST = 3  # evaluated versions before one is chosen
+AMPLITUDES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the path, in standard errors of a neighbours' difference / √2
+LENGTHS = (1.0, 3.0, 9.0, 27.0)  # over which the path is correlated, in median distances between versions
+DRAWS, SEED = 1_000, 0  # of the posterior, for the shortlist
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number with its interval, in the evaluation's unit."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shortlist:
+    """The versions to evaluate again on other prompts, in order, the base among them."""
+
+    evaluation: str
+    base: int | None  # the first evaluated version; None: not enough
+    versions: tuple[int, ...]
+    not_enough: str | None  # why there is none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Choice:
+    """The chosen version and the data that it was chosen on."""
+
+    evaluation: str
+    version: int | None  # None: not enough
+    base: int | None
+    candidates: tuple[int, ...]  # it was chosen among
+    pooled: Curve  # the curve, with the re-evaluation where there is one
+    reevaluated: bool
+    not_enough: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """How good the chosen version is, alone and beside the base."""
+
+    evaluation: str
+    version: int | None
+    base: int | None
+    value: Estimate | None  # None: not enough
+    gain: Estimate | None  # over the base
+    level: float
+    source: Source  # the sample that value and gain are from
+    estimand: str
+    note: str | None  # what the interval rests on, where the sample is not untouched
+    not_enough: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rival:
+    """What a simpler rule would have chosen among the evaluated versions."""
+
+    rule: Rule
+    version: int | None  # None: see not_enough
+    value: Estimate | None
+    gain: Estimate | None  # over the base
+    source: Source
+    note: str | None  # versions that the rule could not see
+    not_enough: str | None
+
+
+def shortlist(curve: Curve, size: int = 3) -> Shortlist:
+    """Return the base and the `size` other versions which together are expected to hold the best one.
+
+    Greedy in the expected maximum of the true values over the set, under the posterior of `smooth`; the expected maximum
+    is submodular, so that greedy is near its optimum (Nemhauser, Wolsey & Fisher 1978). Neighbours that are sure to be
+    alike do not fill the list, as they do when the largest means are taken. Raises UserError for a size below 1.
+    """
+    if size < 1:
+        raise UserError(f"a shortlist of {size} versions has nothing to choose from: take 1 or more")
+    why = _too_little(curve)
+    if why:
+        return Shortlist(evaluation=curve.name, base=None, versions=(), not_enough=why)
+    mean, covariance = smooth(curve)
+    normal = np.random.default_rng(SEED).standard_normal((DRAWS, len(mean))).T
+    drawn = mean[:, None] + _root(covariance) @ normal
+    places, best = [0], drawn[0]
+    for _ in range(min(size, len(mean) - 1)):
+        expected = np.maximum(best, drawn).mean(1)
+        expected[places] = -np.inf
+        places.append(int(np.argmax(expected)))
+        best = np.maximum(best, drawn[places[-1]])
+    versions = tuple(int(version) for version in curve.versions[sorted(places)])
+    return Shortlist(evaluation=curve.name, base=int(curve.versions[0]), versions=versions, not_enough=None)
+
+
+def choose(curve: Curve, again: Curve | None = None) -> Choice:
+    """Choose the version with the largest smoothed mean of `curve` and its re-evaluation `again`, pooled.
+
+    `again`: some of the curve's versions on prompts disjoint from the curve's, the base (the first version) among them;
+    only they are candidates. None: every version is. The base may be chosen. Raises UserError when `again` lacks the
+    base or has a version that the curve has not.
+    """
+    why, pooled = _too_little(curve), curve
+    if again is not None:
+        _check_held(again, [int(curve.versions[0])] if len(curve.versions) else [], "the re-evaluation")
+        strange = np.setdiff1d(again.versions, curve.versions)
+        if len(strange):
+            raise UserError(f"the re-evaluation has version {strange[0]}, which {curve.name} has not: leave it out")
+        why = why or _unknown_errors(again)
+        if not why:
+            pooled = pool(curve, again)
+    if why:
+        return Choice(
+            evaluation=curve.name,
+            version=None,
+            base=None,
+            candidates=(),
+            pooled=curve,
+            reevaluated=False,
+            not_enough=why,
+        )
+    candidates = curve.versions if again is None else again.versions
+    mean, _ = smooth(pooled)
+    best = int(np.argmax(mean[np.searchsorted(curve.versions, candidates)]))
+    return Choice(
+        evaluation=curve.name,
+        version=int(candidates[best]),
+        base=int(curve.versions[0]),
+        candidates=tuple(int(version) for version in candidates),
+        pooled=pooled,
+        reevaluated=again is not None,
+        not_enough=None,
+    )
+
+
+def report(choice: Choice, fresh: Curve | None = None, *, level: float = 0.95) -> Selected:
+    """Return value and gain of the chosen version from `fresh`, prompts on which nothing was chosen.
+
+    `fresh` needs the chosen version and the base. Its interval is the mean's own, Student's t for a covariance estimated
+    from prompts. None: the posterior mean and interval of `smooth` on the data that the choice was made on, which says
+    so in its note. Raises UserError when `fresh` lacks one of the two versions.
+    """
+    source: Source = "untouched" if fresh is not None else "pooled" if choice.reevaluated else "curve"
+    value = gain = note = None
+    why = choice.not_enough
+    if choice.version is not None and choice.base is not None:
+        if fresh is not None:
+            _check_held(fresh, [choice.version, choice.base], "the untouched sample")
+            why = _unknown_errors(fresh)
+        if not why:
+            value, gain = _estimates(choice.pooled, choice.version, choice.base, fresh, smoothed=True, level=level)
+            note = None if fresh is not None else _posterior_note(choice)
+    of = f"true mean of {choice.evaluation} at version {choice.version} over prompts like those evaluated"
+    return Selected(
+        evaluation=choice.evaluation,
+        version=choice.version,
+        base=choice.base,
+        value=value,
+        gain=gain,
+        level=level,
+        source=source,
+        estimand=f"{of}; gain: less that at version {choice.base}" if value else "",
+        note=note,
+        not_enough=why,
+    )
+
+
+def rivals(
+    series: Series,
+    *,
+    evaluation: str | None = None,
+    kl_budget: float | None = None,
+    fresh: Curve | None = None,
+    level: float = 0.95,
+) -> tuple[Rival, ...]:
+    """Return what "last", "highest reward", "KL budget" and "raw best" choose among the versions of an evaluation.
+
+    `evaluation` None: the primary one. KL budget: the version with the largest KL of at most `kl_budget`. A version
+    without reward or KL cannot be chosen by it; the note says which. Values are from `fresh` where it holds version
+    and base, else from the evaluation itself, smoothed for "raw best", which was chosen on it. Raises UserError for
+    an evaluation that the series has not.
+    """
+    named = {curve.name: curve for curve in series.evaluations}
+    if evaluation is not None and evaluation not in named:
+        raise UserError(f"there is no evaluation {evaluation}: the series has {', '.join(named)}")
+    curve = named[evaluation] if evaluation is not None else series.primary
+    why = _too_few(curve)
+    nothing = np.zeros(0, np.int64)
+    picks: list[tuple[Rule, int | None, Integers, str | None]] = []
+    if why:
+        picks = [(rule, None, nothing, why) for rule in ("last", "highest reward", "KL budget", "raw best")]
+    else:
+        picks = [
+            ("last", int(curve.versions[-1]), nothing, None),
+            ("highest reward", *_largest(series.reward, curve, np.inf)),
+            ("KL budget", *_within_kl(series.kl, curve, kl_budget)),
+            ("raw best", int(curve.versions[np.argmax(curve.mean)]), nothing, None),
+        ]
+    return tuple(_rival(curve, fresh, level, *pick) for pick in picks)
+
+
+def pool(curve: Curve, again: Curve) -> Curve:
+    """Combine a curve (n,) with a re-evaluation of m of its versions on other prompts.
+
+    Generalised least squares (Aitken 1936) of the n true values on the n + m means; versions that were not evaluated
+    again move too, as far as their errors are correlated with those that were. Both need standard errors.
+    """
+    if curve.covariance is None or again.covariance is None:
+        raise ValueError(f"{curve.name}: pooling needs standard errors of both samples")
+    first, second = scan.floored(curve.covariance), scan.floored(again.covariance)
+    places = np.searchsorted(curve.versions, again.versions)
+    weights = np.linalg.solve(first[np.ix_(places, places)] + second, first[places]).T
+    covariance = first - weights @ first[places]
+    counts = [one.prompts for one in (curve, again) if one.prompts is not None]
+    return Curve(
+        name=curve.name,
+        versions=curve.versions,
+        mean=curve.mean + weights @ (again.mean - curve.mean[places]),
+        covariance=(covariance + covariance.T) / 2,
+        prompts=min(counts, default=None),
+        notes=curve.notes + again.notes,
+    )
+
+
+def smooth(curve: Curve, *, rough: bool = False) -> tuple[Array, Array]:
+    """Return posterior mean (n,) and covariance (n, n) of the true values, in the evaluation's unit and its square.
+
+    Gaussian process regression with the known covariance of the errors and a flat prior on the level (Rasmussen &
+    Williams 2006, eq. 2.41 to 2.45), averaged over amplitudes, correlation lengths and two kernels by their marginal
+    likelihood: Matern 1/2, paths with kinks and cliffs, and Matern 5/2, smooth ones (eq. 4.17 and above). `rough`: the
+    first alone, which flattens a peak less. A mean over 3 points knows neither the size of the errors nor that of the
+    changes, and flattens every peak.
+    """
+    if curve.covariance is None:
+        raise ValueError(f"{curve.name}: smoothing needs standard errors")
+    errors = scan.floored(curve.covariance)
+    variance = np.diag(errors)
+    steps = (variance[1:] + variance[:-1] - 2 * np.diag(errors, 1)) / 2
+    unit = max(float(np.median(steps)), scan.CONTRAST_FLOOR**2 * float(variance.mean()))
+    errors = errors / unit + 1e-6 * np.eye(len(variance))
+    level, values = float(curve.mean.mean()), (curve.mean - curve.mean.mean()) / np.sqrt(unit)
+    whitened = np.linalg.inv(_priors(curve.versions, rough) + errors)
+    across = whitened.sum(-1)
+    precision = across.sum(-1)
+    residual = whitened - across[:, :, None] * across[:, None, :] / precision[:, None, None]
+    likelihood = (np.linalg.slogdet(whitened)[1] - np.log(precision) - residual @ values @ values) / 2
+    weight = np.exp(likelihood - likelihood.max())
+    weight /= weight.sum()
+    means = values - residual @ values @ errors
+    mean = weight @ means
+    apart = means - mean
+    inner = np.tensordot(weight, residual, 1)
+    covariance = errors - errors @ inner @ errors + (weight[:, None] * apart).T @ apart
+    return level + np.sqrt(unit) * mean, unit * (covariance + covariance.T) / 2
+
+
+def _priors(versions: Integers, rough: bool) -> NDArray[np.float64]:
+    """Covariances (G, n, n) of the path under each kernel, length and amplitude, in units of the errors."""
+    time = versions / np.median(np.diff(versions))
+    distance = np.abs(time[:, None] - time)
+    kernels = [np.exp(-distance / length) for length in LENGTHS]
+    scaled = [] if rough else [np.sqrt(5) * distance / length for length in LENGTHS]
+    kernels += [(1 + r + r**2 / 3) * np.exp(-r) for r in scaled]
+    amplitudes = np.array(AMPLITUDES)
+    return np.asarray((amplitudes[:, None, None, None] ** 2 * np.stack(kernels)).reshape(-1, *distance.shape))
+
+
+def _root(covariance: Array) -> Array:
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)  # the symmetric root is unique
+
+
+def _estimates(
+    curve: Curve, version: int, base: int, fresh: Curve | None, *, smoothed: bool, level: float
+) -> tuple[Estimate, Estimate]:
+    """Value of `version` and its gain over `base`, from `fresh`, or from the curve, smoothed or as it was measured.
+
+    A smoothed value's interval is never narrower than the measured one's: what smoothing gains in spread at a peak, it
+    may lose in bias.
+    """
+    used = curve if fresh is None else fresh
+    if used.covariance is None:
+        raise ValueError(f"{used.name}: an interval needs standard errors")
+    stated = scan.floored(used.covariance)
+    mean, covariance = smooth(used, rough=True) if fresh is None and smoothed else (used.mean, stated)
+    quantile = float(stats.norm.isf((1 - level) / 2) if used.prompts is None else _t(level, used.prompts))
+    one, other = (int(np.searchsorted(used.versions, at)) for at in (version, base))
+    alone = np.eye(len(mean))[one]
+    found = []
+    for weights in (alone, alone - np.eye(len(mean))[other]):
+        variance = max(weights @ covariance @ weights, weights @ stated @ weights, 0)
+        middle, half = float(weights @ mean), quantile * float(np.sqrt(variance))
+        found.append(Estimate(value=middle, low=middle - half, high=middle + half))
+    return found[0], found[1]
+
+
+def _t(level: float, prompts: int) -> float:
+    return float(stats.t.isf((1 - level) / 2, prompts - 1))
+
+
+def _rival(
+    curve: Curve,
+    fresh: Curve | None,
+    level: float,
+    rule: Rule,
+    version: int | None,
+    missing: Integers,
+    why: str | None,
+) -> Rival:
+    base = int(curve.versions[0]) if len(curve.versions) else None
+    held = fresh is not None and {version, base} <= set(fresh.versions.tolist())
+    used = fresh if held else None
+    value = gain = None
+    why = why or _unknown_errors(curve if used is None else used)
+    if version is not None and base is not None and not why:
+        value, gain = _estimates(curve, version, base, used, smoothed=rule == "raw best", level=level)
+    return Rival(
+        rule=rule,
+        version=version,
+        value=value,
+        gain=gain,
+        source="untouched" if held else "curve",
+        note=f"not measured at version {', '.join(map(str, missing.tolist()))}" if len(missing) else None,
+        not_enough=why,
+    )
+
+
+def _largest(by: Curve, curve: Curve, most: float) -> tuple[int | None, Integers, str | None]:
+    """Return the version of `curve` where `by` is largest and at most `most`, and those where it was not measured."""
+    joint = np.intersect1d(by.versions, curve.versions)
+    missing = np.setdiff1d(curve.versions, joint)
+    if not len(joint):
+        return None, missing, f"not enough: {by.name} was not measured at any evaluated version"
+    values = by.at(joint).mean
+    if not np.any(values <= most):
+        return None, missing, f"not enough: {by.name} is above {most:g} at every evaluated version that has it"
+    return int(joint[np.argmax(np.where(values <= most, values, -np.inf))]), missing, None
+
+
+def _within_kl(kl: Curve | None, curve: Curve, budget: float | None) -> tuple[int | None, Integers, str | None]:
+    nothing = np.zeros(0, np.int64)
+    if kl is None:
+        return None, nothing, "not enough: the series has no KL"
+    if budget is None:
+        return None, nothing, "not enough: no KL budget was declared"
+    return _largest(kl, curve, budget)
+
+
+def _check_held(curve: Curve, versions: list[int], what: str) -> None:
+    lacking = [version for version in versions if version not in curve.versions]
+    if lacking:
+        raise UserError(f"{what} lacks version {lacking[0]}: evaluate it there too, its gain is measured with it")
+
+
+def _too_few(curve: Curve) -> str | None:
+    points = len(curve.versions)
+    return f"not enough: {points} evaluated versions, {FEWEST} are needed" if points < FEWEST else None
+
+
+def _unknown_errors(curve: Curve) -> str | None:
+    if curve.covariance is None:
+        return f"not enough: no standard error; give {curve.name}_se or per-prompt scores"
+    if not np.any(np.diag(curve.covariance) > 0):
+        return "not enough: all prompts score the same at every version, so no standard error is known"
+    return None
+
+
+def _too_little(curve: Curve) -> str | None:
+    return _too_few(curve) or _unknown_errors(curve)
+
+
+def _posterior_note(choice: Choice) -> str:
+    sample = "the curve and its re-evaluation" if choice.reevaluated else "the curve alone"
+    return (
+        f"from {sample}, on which version {choice.version} was chosen: its measured mean there is biased upward; "
+        "value and interval are smoothed, and rest on a prior for the path. Evaluate it on untouched prompts"
+    )
