@@ -2,9 +2,10 @@
 
     python -m benchmarks.selection --runs 1000 --points 10 20 --se 0.05 0.1 0.2
 
-Units: the gain of the best version over the base, so a share is a true value. One evaluation has standard error `se`; the
-re-evaluation and the untouched sample have the same. Errors are independent and their size known, or those of 100 prompts
-whose scores correlate by 0.7 between versions, the covariance estimated from them. Bias and width are in standard errors.
+Units: the gain of the best version over the base, so a share is a true value. One evaluation has standard error `se`;
+the re-evaluation and the untouched sample have the same. Errors are independent and their size known, or those of 100
+prompts whose scores correlate by 0.7 between versions, the covariance estimated from them. Bias and width are in
+standard errors. The KL budget is half of what the run spends, declared without knowing the run.
 """
 
 import argparse
@@ -47,7 +48,7 @@ class Measured:
 
 
 def truths(points: int) -> dict[str, Array]:
-    """Return the paths (K,), 0 at the base and 1 at the best version."""
+    """Return the paths (K,), 0 at the base and 1 at the best version; for the last two the base is the best one."""
     time = np.linspace(0, 1, points)
     root = np.sqrt(30 * time)
     paths = {
@@ -63,7 +64,8 @@ def truths(points: int) -> dict[str, Array]:
         "cliff": np.where(time <= 0.6, np.minimum(time / 0.6, 1), 0.2),
         "d (1 - log d)": root * (1 - 0.45 * np.log(np.maximum(root, 1e-9))),
     }
-    return {name: (path - path[0]) / (path.max() - path[0]) for name, path in paths.items()}
+    shaped = {name: (path - path[0]) / (path.max() - path[0]) for name, path in paths.items()}
+    return {**shaped, "flat": np.zeros(points), "only falls": -time}
 
 
 def independent(rng: np.random.Generator, truth: Array, versions: list[int], se: float) -> Curve:
@@ -155,7 +157,9 @@ def main() -> None:
             for rows in (*cell.value.values(), *cell.gain.values()):
                 off, widths, miss = rows.T
                 spread = off.std() / np.sqrt(len(off))
-                columns.append(f"{off.mean():+.2f} ± {1.96 * spread:.2f}, {1 - miss.mean():.3f}, {np.median(widths):.2f}")
+                columns.append(
+                    f"{off.mean():+.2f} ± {1.96 * spread:.2f}, {1 - miss.mean():.3f}, {np.median(widths):.2f}"
+                )
             print(f"| {name} | {errors} | {points} | {se:g} | {options.runs} |", " | ".join(columns), "|", flush=True)
 
 

@@ -21,9 +21,7 @@ def detected(prompts: int, alarm: Settings, wanted: Wanted = WANTED) -> float:
     """What the alarm states for a flat run of POINTS evaluations with so many prompts."""
     scores = wanted.score_sd**2 * ((1 - wanted.correlation) * np.eye(POINTS) + wanted.correlation)
     versions = np.arange(POINTS)
-    flat = Curve(
-        name="gold", versions=versions, mean=np.zeros(POINTS), covariance=scores / prompts, prompts=prompts
-    )
+    flat = Curve(name="gold", versions=versions, mean=np.zeros(POINTS), covariance=scores / prompts, prompts=prompts)
     reward = from_means("reward", versions.tolist(), [0.0] * POINTS, None)
     drop = judge(Series(reward=reward, evaluations=(flat,)), replace(alarm, planned=POINTS))
     assert drop.primary.minimum_detectable_drop is not None
@@ -61,7 +59,7 @@ def test_the_cheapest_in_time_is_chosen() -> None:
     assert soon.chosen is not None and soon.chosen.evaluations == 20
     late = evaluation_budget(replace(WANTED, within=0.2), FAST, [6])
     assert late.chosen is None and late.not_enough is not None and "evaluate more often" in late.not_enough
-    few = evaluation_budget(replace(WANTED, most_prompts=50), FAST, [6])
+    few = evaluation_budget(replace(WANTED, drop=0.1, most_prompts=50), FAST, [6])
     assert few.options == () and few.not_enough is not None and "50 prompts do not show" in few.not_enough
 
 

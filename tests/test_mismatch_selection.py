@@ -12,7 +12,8 @@ from scipy import linalg, stats
 from benchmarks.selection import independent, measure, truths
 from configs.errors import UserError
 from trainers.mismatch import Curve, Series, choose, from_means, from_scores, report, rivals, shortlist
-from trainers.mismatch.selection import AMPLITUDES, LENGTHS, pool, smooth
+from trainers.mismatch.selection import pool
+from trainers.mismatch.smoothing import AMPLITUDES, LENGTHS, smooth
 
 POINTS = 10
 VERSIONS = list(range(0, 10 * POINTS, 10))
@@ -29,27 +30,31 @@ def measured(seed: int = 0) -> Curve:
 
 @pytest.mark.parametrize("rough", [True, False])
 def test_smoothing_is_the_average_of_gaussian_processes_by_the_density_of_differences(rough: bool) -> None:
-    given = measured()
+    noisy = measured()
     time, errors = np.arange(POINTS), (1 + 1e-6) * np.eye(POINTS)
     apart = np.abs(time[:, None] - time)
     differences = np.diff(np.eye(POINTS), axis=0)
     means, covariances, densities = [], [], []
-    for length in LENGTHS:
-        r = np.sqrt(5) * apart / length
-        for kernel in (np.exp(-apart / length), (1 + r + r**2 / 3) * np.exp(-r))[: 1 if rough else 2]:
-            for amplitude in AMPLITUDES:
-                spread = differences @ (amplitude**2 * kernel + errors) @ differences.T
-                seen = differences @ given.mean
-                densities.append(stats.multivariate_normal.pdf(seen, cov=spread))
-                back = errors @ differences.T
-                means.append(given.mean - back @ np.linalg.solve(spread, seen))
-                covariances.append(errors - back @ np.linalg.solve(spread, back.T))
-    mean, covariance = smooth(given, rough=rough)
+    for jump in range(POINTS):  # 0: none
+        for length in LENGTHS[1:] if jump else LENGTHS:
+            r = np.sqrt(5) * apart / length
+            curved = (1 + r + r**2 / 3) * np.exp(-r) * ((time < jump)[:, None] == (time < jump))
+            for kernel in [curved] if jump else [np.exp(-apart / length), curved][: 1 if rough else 2]:
+                for amplitude in AMPLITUDES[1:-1] if jump else AMPLITUDES:
+                    prior = 1 / 9 / 15 if jump else 1 / 28 if rough else 1 / 56
+                    spread = differences @ (amplitude**2 * kernel + errors) @ differences.T
+                    seen, back = differences @ noisy.mean, errors @ differences.T
+                    densities.append(prior * stats.multivariate_normal.pdf(seen, cov=spread))
+                    means.append(noisy.mean - back @ np.linalg.solve(spread, seen))
+                    covariances.append(errors - back @ np.linalg.solve(spread, back.T))
+    mean, covariance = smooth(noisy, rough=rough)
     weights = np.array(densities) / np.sum(densities)
     expected = weights @ np.array(means)
-    outer = sum(w * (c + np.outer(m - expected, m - expected)) for w, m, c in zip(weights, means, covariances, strict=True))
+    outer = sum(
+        w * (c + np.outer(m - expected, m - expected)) for w, m, c in zip(weights, means, covariances, strict=True)
+    )
     np.testing.assert_allclose(mean, expected, atol=1e-8)
-    np.testing.assert_allclose(covariance, outer, atol=1e-8)
+    np.testing.assert_allclose(covariance, within + between, atol=1e-8)
 
 
 def test_pooling_equals_generalised_least_squares_of_statsmodels() -> None:
@@ -128,16 +133,17 @@ def test_without_an_untouched_sample_the_value_is_shrunk_and_says_so() -> None:
 
 
 def test_rivals_choose_by_their_rules() -> None:
-    given = curve(PEAK)
+    evaluation = curve(PEAK)
     series = Series(
         reward=from_means("reward", [0, 10, 15, 30, 40], [9.0, 1, 50, 12, 11], None),
-        evaluations=(given,),
+        evaluations=(evaluation,),
         kl=from_means("kl", VERSIONS[1:], np.arange(1.0, POINTS).tolist(), None),
     )
     last, reward, kl, raw = rivals(series, kl_budget=3.5)
     assert [one.rule for one in (last, reward, kl, raw)] == ["last", "highest reward", "KL budget", "raw best"]
     assert [one.version for one in (last, reward, kl, raw)] == [90, 30, 30, 50]
-    assert reward.note == "not measured at version 20, 50, 60, 70, 80, 90" and kl.note == "not measured at version 0"
+    assert reward.note == "reward was not measured at version 20, 50, 60, 70, 80, 90"
+    assert kl.note == "kl was not measured at version 0"
     assert last.gain is not None and last.value is not None and last.source == "curve"
     half = stats.norm.isf(0.025)
     assert (last.value.value, last.value.low, last.value.high) == pytest.approx((0, -half, half), abs=1e-10)
@@ -152,23 +158,31 @@ def test_rivals_choose_by_their_rules() -> None:
 def test_not_enough_is_said_with_its_reason() -> None:
     short, unknown = curve(PEAK[:2], versions=[0, 1]), curve(PEAK, None)
     constant = from_scores("gold", [0, 1, 2], np.ones((3, 5)))
-    for given, reason in ((short, "2 evaluated versions"), (unknown, "no standard error"), (constant, "score the same")):
-        listed, choice = shortlist(given), choose(given)
+    cases = ((short, "2 evaluated versions"), (unknown, "no standard error"), (constant, "score the same"))
+    for one, reason in cases:
+        listed, choice = shortlist(one), choose(one)
         found = report(choice)
         for said in (listed.not_enough, choice.not_enough, found.not_enough):
             assert said is not None and reason in said
         assert listed.versions == () and listed.base is choice.version is found.value is found.gain is None
         reward = from_means("reward", [1000], [0.0], None)
-        told = rivals(Series(reward=reward, evaluations=(given,)))
-        assert all(one.value is None and one.gain is None and one.not_enough for one in told)
-        assert told[1].version is None and told[2].not_enough in ("not enough: the series has no KL", told[0].not_enough)
+        told = rivals(Series(reward=reward, evaluations=(one,)))
+        assert all(rival.value is None and rival.gain is None and rival.not_enough for rival in told)
+        assert told[1].version is None and told[2].version is None
     nameless = curve(PEAK[[0, 5]], None, [0, 50])
     again, fresh = choose(measured(), nameless), report(choose(curve(PEAK)), nameless)
     assert again.version is None and again.not_enough is not None and "no standard error" in again.not_enough
     assert fresh.value is None and fresh.not_enough is not None and "no standard error" in fresh.not_enough
     high = Series(reward=curve(PEAK), evaluations=(curve(PEAK),), kl=curve(PEAK + 5))
-    assert rivals(high, kl_budget=1.0)[2].not_enough == "not enough: gold is above 1 at every evaluated version that has it"
-    assert rivals(high)[2].not_enough == "not enough: no KL budget was declared"
+    silent = Series(reward=from_means("reward", [5], [1.0], None), evaluations=(curve(PEAK),))
+    assert [rivals(high, kl_budget=1.0)[2].not_enough, rivals(high)[2].not_enough] == [
+        "not enough: gold is above 1 at every evaluated version that has it",
+        "not enough: no KL budget was declared",
+    ]
+    assert [one.not_enough for one in rivals(silent)[1:3]] == [
+        "not enough: reward was not measured at any evaluated version",
+        "not enough: the series has no KL",
+    ]
 
 
 def test_samples_that_do_not_fit_are_refused() -> None:
@@ -183,7 +197,7 @@ def test_samples_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_small_simulation_keeps_the_gain_and_tells_its_value() -> None:
-    runs = 60
+    runs = 40
     cell = measure(truths(POINTS)["kink late"], 0.1, independent, runs, [0])
     kept = {rule: values.mean() for rule, values in cell.kept.items()}
     assert kept["selected"] >= 0.95

@@ -236,8 +236,8 @@ def _ended(fall: Fall, version: int) -> Fall:
 def detectable_drop(covariance: Array, bound: Array, margin: float, power: float, scale: float = 1.0) -> float:
     """Return the step that the latest look finds with `power` or more, held for the latest 3 points after 3 before.
 
-    `covariance` (K, K) of the errors, `bound` (K,) of the scan, `scale` the noise scale; in the evaluation's unit. Fewer
-    where there are fewer points. A contrast's normal power alone; the maximum over contrasts can only add to it.
+    `covariance` (K, K) of the errors, `bound` (K,) of the scan, `scale` the noise scale; in the evaluation's unit.
+    Fewer where there are fewer points. A contrast's normal power alone; the maximum over contrasts can only add to it.
     """
     look = len(covariance) - 1
     latest = min(3, (look + 1) // 2)

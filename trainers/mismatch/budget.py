@@ -1,4 +1,4 @@
-"""How many prompts and how many evaluations a run needs, so that the alarm finds a fall that matters, and at what cost."""
+"""How many prompts and evaluations a run needs, so that the alarm finds a fall that matters, and at what cost."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,11 +40,13 @@ class Wanted:
         if not 0 <= self.prompt_cost < np.inf or not 0 <= self.evaluation_cost < np.inf:
             raise UserError(f"costs {self.prompt_cost} and {self.evaluation_cost} must be 0 or more")
         if self.most_prompts < FEWEST_PROMPTS or (self.in_se_of is not None and self.in_se_of < 1):
-            raise UserError(f"{self.most_prompts} prompts, drop in errors of {self.in_se_of}: at least {FEWEST_PROMPTS}, 1")
+            raise UserError(
+                f"{self.most_prompts} prompts, drop in errors of {self.in_se_of}: at least {FEWEST_PROMPTS}, 1"
+            )
 
     @property
     def in_unit(self) -> float:
-        """The drop in the evaluation's unit. Effective: sd of a difference of two versions over the square root of 2."""
+        """The drop in the evaluation's unit. An effective standard error is that of a difference over the root of 2."""
         if self.in_se_of is None:
             return self.drop
         return float(self.drop * self.score_sd * np.sqrt((1 - self.correlation) / self.in_se_of))
@@ -77,7 +79,7 @@ class Budget:
 def evaluation_budget(
     wanted: Wanted, settings: Settings | None = None, evaluations: Sequence[int] = EVALUATIONS
 ) -> Budget:
-    """Return the fewest prompts with which the alarm detects the drop, for each number of evaluations, and the cheapest.
+    """Return the fewest prompts with which the alarm detects the drop, by number of evaluations, and the cheapest.
 
     The alarm's own boundary and minimum detectable drop, at its `alpha`, `power` and `margin`; each number is taken as
     planned. More evaluations see a fall sooner, and each needs more prompts, since there are more looks. Raises

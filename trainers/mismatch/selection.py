@@ -12,19 +12,30 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy import stats
 
 from configs.errors import UserError
 from trainers.mismatch import scan
-from trainers.mismatch.series import Array, Curve, Integers, Series
+from trainers.mismatch.series import Array, Curve, Series
+from trainers.mismatch.smoothing import smooth
 
 Source = Literal["untouched", "pooled", "curve"]
 Rule = Literal["last", "highest reward", "KL budget", "raw best"]
+RULES: tuple[Rule, ...] = ("last", "highest reward", "KL budget", "raw best")
+Pick = tuple[int | None, str | None, str | None]  # version, note, not enough
 
 FEWEST = 3  # evaluated versions before one is chosen
-AMPLITUDES = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # of the path, in standard errors of a neighbours' difference / √2
+AMPLITUDES = (
+    0.3,
+    1.0,
+    3.0,
+    10.0,
+    30.0,
+    100.0,
+    300.0,
+)  # of the path, in standard errors of a neighbours' difference / √2
 LENGTHS = (1.0, 3.0, 9.0, 27.0)  # over which the path is correlated, in median distances between versions
+JITTER = 1e-6  # of the errors' variance, so that no covariance is singular
 DRAWS, SEED = 1_000, 0  # of the posterior, for the shortlist
 
 
@@ -92,13 +103,13 @@ class Rival:
 def shortlist(curve: Curve, size: int = 3) -> Shortlist:
     """Return the base and the `size` other versions which together are expected to hold the best one.
 
-    Greedy in the expected maximum of the true values over the set, under the posterior of `smooth`; the expected maximum
-    is submodular, so that greedy is near its optimum (Nemhauser, Wolsey & Fisher 1978). Neighbours that are sure to be
-    alike do not fill the list, as they do when the largest means are taken. Raises UserError for a size below 1.
+    Greedy in the expected maximum of the true values over the set, under the posterior of `smooth`: submodular, so
+    that greedy is near the optimum (Nemhauser, Wolsey & Fisher 1978). Neighbours that are sure to be alike do not fill
+    the list, as they do when the largest means are taken. Raises UserError for a size below 1.
     """
     if size < 1:
         raise UserError(f"a shortlist of {size} versions has nothing to choose from: take 1 or more")
-    why = _too_little(curve)
+    why = _too_few(curve) or _unknown_errors(curve)
     if why:
         return Shortlist(evaluation=curve.name, base=None, versions=(), not_enough=why)
     mean, covariance = smooth(curve)
@@ -121,7 +132,7 @@ def choose(curve: Curve, again: Curve | None = None) -> Choice:
     only they are candidates. None: every version is. The base may be chosen. Raises UserError when `again` lacks the
     base or has a version that the curve has not.
     """
-    why, pooled = _too_little(curve), curve
+    why, pooled = _too_few(curve) or _unknown_errors(curve), curve
     if again is not None:
         _check_held(again, [int(curve.versions[0])] if len(curve.versions) else [], "the re-evaluation")
         strange = np.setdiff1d(again.versions, curve.versions)
@@ -157,9 +168,9 @@ def choose(curve: Curve, again: Curve | None = None) -> Choice:
 def report(choice: Choice, fresh: Curve | None = None, *, level: float = 0.95) -> Selected:
     """Return value and gain of the chosen version from `fresh`, prompts on which nothing was chosen.
 
-    `fresh` needs the chosen version and the base. Its interval is the mean's own, Student's t for a covariance estimated
-    from prompts. None: the posterior mean and interval of `smooth` on the data that the choice was made on, which says
-    so in its note. Raises UserError when `fresh` lacks one of the two versions.
+    `fresh` needs the chosen version and the base. Its interval is the mean's own, Student's t for a covariance
+    estimated from prompts. None: the posterior mean of `smooth` on the data that the choice was made on, with the
+    larger of its and the measured spread; the note says so. Raises UserError when `fresh` lacks one of the two versions.
     """
     source: Source = "untouched" if fresh is not None else "pooled" if choice.reevaluated else "curve"
     value = gain = note = None
@@ -206,18 +217,17 @@ def rivals(
         raise UserError(f"there is no evaluation {evaluation}: the series has {', '.join(named)}")
     curve = named[evaluation] if evaluation is not None else series.primary
     why = _too_few(curve)
-    nothing = np.zeros(0, np.int64)
-    picks: list[tuple[Rule, int | None, Integers, str | None]] = []
+    picks: dict[Rule, Pick]
     if why:
-        picks = [(rule, None, nothing, why) for rule in ("last", "highest reward", "KL budget", "raw best")]
+        picks = dict.fromkeys(RULES, (None, None, why))
     else:
-        picks = [
-            ("last", int(curve.versions[-1]), nothing, None),
-            ("highest reward", *_largest(series.reward, curve, np.inf)),
-            ("KL budget", *_within_kl(series.kl, curve, kl_budget)),
-            ("raw best", int(curve.versions[np.argmax(curve.mean)]), nothing, None),
-        ]
-    return tuple(_rival(curve, fresh, level, *pick) for pick in picks)
+        picks = {
+            "last": (int(curve.versions[-1]), None, None),
+            "highest reward": _largest(series.reward, curve, np.inf),
+            "KL budget": _largest(series.kl, curve, kl_budget),
+            "raw best": (int(curve.versions[np.argmax(curve.mean)]), None, None),
+        }
+    return tuple(_rival(curve, fresh, level, rule, pick) for rule, pick in picks.items())
 
 
 def pool(curve: Curve, again: Curve) -> Curve:
@@ -243,49 +253,6 @@ def pool(curve: Curve, again: Curve) -> Curve:
     )
 
 
-def smooth(curve: Curve, *, rough: bool = False) -> tuple[Array, Array]:
-    """Return posterior mean (n,) and covariance (n, n) of the true values, in the evaluation's unit and its square.
-
-    Gaussian process regression with the known covariance of the errors and a flat prior on the level (Rasmussen &
-    Williams 2006, eq. 2.41 to 2.45), averaged over amplitudes, correlation lengths and two kernels by their marginal
-    likelihood: Matern 1/2, paths with kinks and cliffs, and Matern 5/2, smooth ones (eq. 4.17 and above). `rough`: the
-    first alone, which flattens a peak less. A mean over 3 points knows neither the size of the errors nor that of the
-    changes, and flattens every peak.
-    """
-    if curve.covariance is None:
-        raise ValueError(f"{curve.name}: smoothing needs standard errors")
-    errors = scan.floored(curve.covariance)
-    variance = np.diag(errors)
-    steps = (variance[1:] + variance[:-1] - 2 * np.diag(errors, 1)) / 2
-    unit = max(float(np.median(steps)), scan.CONTRAST_FLOOR**2 * float(variance.mean()))
-    errors = errors / unit + 1e-6 * np.eye(len(variance))
-    level, values = float(curve.mean.mean()), (curve.mean - curve.mean.mean()) / np.sqrt(unit)
-    whitened = np.linalg.inv(_priors(curve.versions, rough) + errors)
-    across = whitened.sum(-1)
-    precision = across.sum(-1)
-    residual = whitened - across[:, :, None] * across[:, None, :] / precision[:, None, None]
-    likelihood = (np.linalg.slogdet(whitened)[1] - np.log(precision) - residual @ values @ values) / 2
-    weight = np.exp(likelihood - likelihood.max())
-    weight /= weight.sum()
-    means = values - residual @ values @ errors
-    mean = weight @ means
-    apart = means - mean
-    inner = np.tensordot(weight, residual, 1)
-    covariance = errors - errors @ inner @ errors + (weight[:, None] * apart).T @ apart
-    return level + np.sqrt(unit) * mean, unit * (covariance + covariance.T) / 2
-
-
-def _priors(versions: Integers, rough: bool) -> NDArray[np.float64]:
-    """Covariances (G, n, n) of the path under each kernel, length and amplitude, in units of the errors."""
-    time = versions / np.median(np.diff(versions))
-    distance = np.abs(time[:, None] - time)
-    kernels = [np.exp(-distance / length) for length in LENGTHS]
-    scaled = [] if rough else [np.sqrt(5) * distance / length for length in LENGTHS]
-    kernels += [(1 + r + r**2 / 3) * np.exp(-r) for r in scaled]
-    amplitudes = np.array(AMPLITUDES)
-    return np.asarray((amplitudes[:, None, None, None] ** 2 * np.stack(kernels)).reshape(-1, *distance.shape))
-
-
 def _root(covariance: Array) -> Array:
     values, vectors = np.linalg.eigh(covariance)
     return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)  # the symmetric root is unique
@@ -304,7 +271,8 @@ def _estimates(
         raise ValueError(f"{used.name}: an interval needs standard errors")
     stated = scan.floored(used.covariance)
     mean, covariance = smooth(used, rough=True) if fresh is None and smoothed else (used.mean, stated)
-    quantile = float(stats.norm.isf((1 - level) / 2) if used.prompts is None else _t(level, used.prompts))
+    tail = (1 - level) / 2
+    quantile = float(stats.norm.isf(tail) if used.prompts is None else stats.t.isf(tail, used.prompts - 1))
     one, other = (int(np.searchsorted(used.versions, at)) for at in (version, base))
     alone = np.eye(len(mean))[one]
     found = []
@@ -315,56 +283,38 @@ def _estimates(
     return found[0], found[1]
 
 
-def _t(level: float, prompts: int) -> float:
-    return float(stats.t.isf((1 - level) / 2, prompts - 1))
-
-
-def _rival(
-    curve: Curve,
-    fresh: Curve | None,
-    level: float,
-    rule: Rule,
-    version: int | None,
-    missing: Integers,
-    why: str | None,
-) -> Rival:
+def _rival(curve: Curve, fresh: Curve | None, level: float, rule: Rule, pick: Pick) -> Rival:
+    version, note, why = pick
     base = int(curve.versions[0]) if len(curve.versions) else None
-    held = fresh is not None and {version, base} <= set(fresh.versions.tolist())
-    used = fresh if held else None
+    held = fresh if fresh is not None and {version, base} <= set(fresh.versions.tolist()) else None
     value = gain = None
-    why = why or _unknown_errors(curve if used is None else used)
+    why = why or _unknown_errors(held or curve)
     if version is not None and base is not None and not why:
-        value, gain = _estimates(curve, version, base, used, smoothed=rule == "raw best", level=level)
+        value, gain = _estimates(curve, version, base, held, smoothed=rule == "raw best", level=level)
     return Rival(
         rule=rule,
         version=version,
         value=value,
         gain=gain,
         source="untouched" if held else "curve",
-        note=f"not measured at version {', '.join(map(str, missing.tolist()))}" if len(missing) else None,
+        note=note,
         not_enough=why,
     )
 
 
-def _largest(by: Curve, curve: Curve, most: float) -> tuple[int | None, Integers, str | None]:
-    """Return the version of `curve` where `by` is largest and at most `most`, and those where it was not measured."""
+def _largest(by: Curve | None, curve: Curve, most: float | None) -> Pick:
+    """Choose the version of `curve` where `by` is largest and at most `most`; note where it was not measured."""
+    if by is None or most is None:
+        return None, None, "not enough: the series has no KL" if by is None else "not enough: no KL budget was declared"
     joint = np.intersect1d(by.versions, curve.versions)
-    missing = np.setdiff1d(curve.versions, joint)
     if not len(joint):
-        return None, missing, f"not enough: {by.name} was not measured at any evaluated version"
+        return None, None, f"not enough: {by.name} was not measured at any evaluated version"
+    missing = np.setdiff1d(curve.versions, joint).tolist()
+    note = f"{by.name} was not measured at version {', '.join(map(str, missing))}" if missing else None
     values = by.at(joint).mean
     if not np.any(values <= most):
-        return None, missing, f"not enough: {by.name} is above {most:g} at every evaluated version that has it"
-    return int(joint[np.argmax(np.where(values <= most, values, -np.inf))]), missing, None
-
-
-def _within_kl(kl: Curve | None, curve: Curve, budget: float | None) -> tuple[int | None, Integers, str | None]:
-    nothing = np.zeros(0, np.int64)
-    if kl is None:
-        return None, nothing, "not enough: the series has no KL"
-    if budget is None:
-        return None, nothing, "not enough: no KL budget was declared"
-    return _largest(kl, curve, budget)
+        return None, note, f"not enough: {by.name} is above {most:g} at every evaluated version that has it"
+    return int(joint[np.argmax(np.where(values <= most, values, -np.inf))]), note, None
 
 
 def _check_held(curve: Curve, versions: list[int], what: str) -> None:
@@ -384,10 +334,6 @@ def _unknown_errors(curve: Curve) -> str | None:
     if not np.any(np.diag(curve.covariance) > 0):
         return "not enough: all prompts score the same at every version, so no standard error is known"
     return None
-
-
-def _too_little(curve: Curve) -> str | None:
-    return _too_few(curve) or _unknown_errors(curve)
 
 
 def _posterior_note(choice: Choice) -> str:
