@@ -50,9 +50,8 @@ def test_smoothing_is_the_average_of_gaussian_processes_by_the_density_of_differ
     mean, covariance = smooth(noisy, rough=rough)
     weights = np.array(densities) / np.sum(densities)
     expected = weights @ np.array(means)
-    outer = sum(
-        w * (c + np.outer(m - expected, m - expected)) for w, m, c in zip(weights, means, covariances, strict=True)
-    )
+    within = np.tensordot(weights, np.array(covariances), 1)
+    between = sum(w * np.outer(m - expected, m - expected) for w, m in zip(weights, means, strict=True))
     np.testing.assert_allclose(mean, expected, atol=1e-8)
     np.testing.assert_allclose(covariance, within + between, atol=1e-8)
 
@@ -71,6 +70,16 @@ def test_pooling_equals_generalised_least_squares_of_statsmodels() -> None:
     np.testing.assert_allclose(pooled.mean, fit.params, atol=1e-10)
     np.testing.assert_allclose(pooled.covariance, fit.normalized_cov_params, atol=1e-10)
     assert pooled.prompts == 40
+
+
+def test_versions_that_answer_alike_are_pooled_too() -> None:
+    scores = np.random.default_rng(6).normal(size=(4, 30))
+    scores[1] = scores[0]
+    first, again = from_scores("gold", range(4), scores[:, :20]), from_scores("gold", [0, 1, 3], scores[[0, 1, 3], 20:])
+    pooled = pool(first, again)
+    assert pooled.mean[0] == pytest.approx(pooled.mean[1], abs=1e-10)
+    gain = report(choose(first, again)).gain
+    assert gain is not None and np.isfinite([gain.low, gain.high]).all()
 
 
 def test_the_untouched_sample_gives_the_intervals_of_scipy() -> None:

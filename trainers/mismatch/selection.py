@@ -170,7 +170,7 @@ def report(choice: Choice, fresh: Curve | None = None, *, level: float = 0.95) -
 
     `fresh` needs the chosen version and the base. Its interval is the mean's own, Student's t for a covariance
     estimated from prompts. None: the posterior mean of `smooth` on the data that the choice was made on, with the
-    larger of its and the measured spread; the note says so. Raises UserError when `fresh` lacks one of the two versions.
+    larger of its spread and the measured one; the note says so. Raises UserError when `fresh` lacks one of the two.
     """
     source: Source = "untouched" if fresh is not None else "pooled" if choice.reevaluated else "curve"
     value = gain = note = None
@@ -240,7 +240,8 @@ def pool(curve: Curve, again: Curve) -> Curve:
         raise ValueError(f"{curve.name}: pooling needs standard errors of both samples")
     first, second = scan.floored(curve.covariance), scan.floored(again.covariance)
     places = np.searchsorted(curve.versions, again.versions)
-    weights = np.linalg.solve(first[np.ix_(places, places)] + second, first[places]).T
+    both = first[np.ix_(places, places)] + second  # singular where two versions answer alike
+    weights = first[:, places] @ np.linalg.pinv(both, hermitian=True)
     covariance = first - weights @ first[places]
     counts = [one.prompts for one in (curve, again) if one.prompts is not None]
     return Curve(
@@ -263,8 +264,8 @@ def _estimates(
 ) -> tuple[Estimate, Estimate]:
     """Value of `version` and its gain over `base`, from `fresh`, or from the curve, smoothed or as it was measured.
 
-    A smoothed value's interval is never narrower than the measured one's: what smoothing gains in spread at a peak, it
-    may lose in bias.
+    A smoothed value's interval is as wide as the measured one's or wider: what smoothing gains in spread at a peak,
+    it may lose in bias.
     """
     used = curve if fresh is None else fresh
     if used.covariance is None:
