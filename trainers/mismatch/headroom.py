@@ -1,0 +1,318 @@
+"""What a run can still gain under this proxy and recipe, and where its evaluation goes next, as far as its curve tells.
+
+The estimands are values of the *true* curve; measured values scatter around it. Paths are drawn by
+`trainers.mismatch.paths`. Where the draws disagree by more than the curve has moved so far, nothing or only one side is
+said: before its peak a curve tells little about what follows.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import stats
+
+from configs.errors import UserError
+from trainers.mismatch import paths
+from trainers.mismatch.series import Array, Curve, Integers, Series
+
+Answer = Literal["interval", "at least", "at most", "not identified"]
+
+CORE = 0.8  # the share of draws whose width decides whether a forecast is identified
+GRID = 60  # future evaluations that are drawn, at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headroom:
+    """What the primary evaluation can still gain within a budget, in its unit; see `headroom_within`."""
+
+    evaluation: str
+    estimand: str
+    answer: Answer
+    low: float | None  # None: nothing is said on this side, see reason
+    high: float | None
+    level: float
+    smooth_low: float | None  # the same, were there no break that no curve announces
+    smooth_high: float | None
+    weights: tuple[tuple[str, float], ...]  # of the models; none: not enough
+    laws: tuple[paths.Law, ...]  # each law alone, without the doubt which one holds
+    axis: str  # what the laws were fitted against
+    reason: str | None  # why a side is missing
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Forecast:
+    """The true value of an evaluation some evaluations ahead, in its unit; see `forecast`."""
+
+    evaluation: str
+    estimand: str
+    ahead: int
+    version: int
+    median: float | None
+    low: float | None
+    high: float | None
+    level: float
+    smooth_low: float | None  # the same, were there no break that no curve announces
+    smooth_high: float | None
+    draws: Array  # (S,) sorted; empty: not identified
+    persistence: tuple[float, float] | None  # the baseline: last measured value and its standard error
+    not_identified: str | None  # why nothing is said
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Measured:
+    """The primary evaluation at the n versions that have a distance from the base."""
+
+    curve: Curve
+    distance: Array  # (n,)
+    axis: str
+    notes: tuple[str, ...]
+
+
+def headroom_within(
+    series: Series,
+    *,
+    kl: float | None = None,
+    version: int | None = None,
+    level: float = 0.95,
+    draws: int = 2_000,
+    seed: int = 0,
+) -> Headroom:
+    """Say how much more of the primary evaluation can be reached within a budget of `kl` (nats) or up to `version`.
+
+    The estimand: the largest true value at the evaluations from now to the budget, at their cadence so far, less the
+    largest at the versions evaluated so far; 0 if it is negative. "interval" gives both sides. "at most": no gain at
+    all cannot be excluded. "at least": the upper side is larger than all that the curve has moved so far, which no
+    curve supports. "not identified": both. Raises UserError unless exactly one budget is given.
+    """
+    if (kl is None) == (version is None):
+        raise UserError("give one budget: kl in nats, or version")
+    measured = _measured(series)
+    curve = measured.curve
+    budget = f"a KL of {kl:g}" if kl is not None else f"version {version}"
+    estimand = (
+        f"the most of the true {curve.name} at evaluations up to {budget}, under this proxy and recipe, "
+        "less the most at the versions evaluated so far"
+    )
+    reason = _not_enough(measured) or _no_future(measured, kl, version)
+    if reason:
+        return _nothing(measured, estimand, level, reason)
+    seen = paths.standardise(curve, measured.distance)
+    x, steps = _to_budget(measured, seen, kl, version, draws, seed)
+    drawn = paths.draw_paths(seen, x, steps, seed)
+    best = drawn.seen.max(1)
+    gains, smooth = (np.maximum(values.max(1) - best, 0) for values in (drawn.ahead, drawn.smooth))
+    low, high = _quantiles(gains, level)
+    smooth_low, smooth_high = _quantiles(smooth, level)
+    answer, reason = _answer(low, high, seen.swing)
+    return Headroom(
+        evaluation=curve.name,
+        estimand=estimand,
+        answer=answer,
+        low=low if answer in ("interval", "at least") else None,
+        high=high if answer in ("interval", "at most") else None,
+        level=level,
+        smooth_low=smooth_low,
+        smooth_high=smooth_high,
+        weights=drawn.weights,
+        laws=_laws(measured),
+        axis=measured.axis,
+        reason=reason,
+        notes=measured.notes,
+    )
+
+
+def forecast(
+    series: Series,
+    ahead: Sequence[int] = (1, 3, 5),
+    *,
+    level: float = 0.95,
+    draws: int = 2_000,
+    seed: int = 0,
+) -> tuple[Forecast, ...]:
+    """Forecast the true primary evaluation at the versions `ahead` evaluations on, at their cadence so far.
+
+    The interval of `level` contains breaks (a cliff, a second rise) that no curve announces; `smooth_low` and
+    `smooth_high` do not. Nothing is said when the middle 80 % of the draws without such breaks are wider than twice
+    what the curve has moved so far. Raises UserError for an `ahead` below 1.
+    """
+    if not ahead or min(ahead) < 1:
+        raise UserError(f"ahead {list(ahead)} must be evaluations to come: 1 or more")
+    measured = _measured(series)
+    curve = measured.curve
+    reason = _not_enough(measured)
+    gap = float(np.median(np.diff(curve.versions))) if len(curve.versions) > 1 else 1.0
+    drawn = seen = None
+    if reason is None:
+        seen = paths.standardise(curve, measured.distance)
+        steps = np.arange(1, max(ahead) + 1, dtype=np.float64)
+        drawn = paths.draw_paths(seen, _onward(seen, steps, draws, seed), steps, seed)
+    out = []
+    for horizon in ahead:
+        why, values, smooth = reason, np.zeros(0), np.zeros(0)
+        if drawn is not None and seen is not None:
+            values, smooth = np.sort(drawn.ahead[:, horizon - 1]), drawn.smooth[:, horizon - 1]
+            low, high = _quantiles(smooth, CORE)
+            if high - low > 2 * seen.swing:
+                why, values = f"{CORE:.0%} of the draws span more than twice what the curve has moved so far", values[:0]
+        at = round(float(curve.versions[-1]) + gap * horizon) if len(curve.versions) else 0
+        out.append(_forecast(curve, horizon, at, values, smooth, level, why))
+    return tuple(out)
+
+
+def crps(draws: Array, truth: float) -> float:
+    """Continuous ranked probability score of draws (S,) against the truth, in their unit; less is better.
+
+    E|X - y| - E|X - X'| / 2 over the draws as they are (Gneiting & Raftery 2007, eq. 21).
+    """
+    ordered, count = np.sort(draws), len(draws)
+    ranks = 2 * np.arange(1, count + 1) - count - 1
+    return float(np.mean(np.abs(ordered - truth)) - ranks @ ordered / count**2)
+
+
+def crps_normal(mean: float, sd: float, truth: float) -> float:
+    """Continuous ranked probability score of a normal forecast; its limit |mean - truth| for `sd` 0 (ibid., eq. 5)."""
+    if sd == 0:
+        return abs(mean - truth)
+    z = (truth - mean) / sd
+    return float(sd * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi)))
+
+
+def _measured(series: Series) -> _Measured:
+    """Choose the axis: sqrt(KL) where enough evaluated versions have one, else versions since the first."""
+    curve, notes = series.primary, list(series.primary.notes)
+    axis = "versions since the first evaluated one, in place of sqrt(KL)"
+    if series.kl is not None:
+        joint: Integers = np.intersect1d(curve.versions, series.kl.versions)
+        at = series.kl.at(joint).mean
+        if len(joint) >= paths.FEWEST and at.max() > 0:
+            if len(joint) < len(curve.versions):
+                notes.append(f"{len(curve.versions) - len(joint)} evaluated versions left out: no KL")
+            if at.min() < 0:
+                notes.append("negative KL estimates count as 0")
+            distance = np.sqrt(np.maximum(at, 0))
+            return _Measured(curve=curve.at(joint), distance=distance, axis="sqrt(KL)", notes=tuple(notes))
+        notes.append(f"KL not used: {len(joint)} evaluated versions have one, {paths.FEWEST} and one above 0 are needed")
+    distance = (curve.versions - curve.versions[:1]).astype(np.float64)
+    return _Measured(curve=curve, distance=distance, axis=axis, notes=tuple(notes))
+
+
+def _not_enough(measured: _Measured) -> str | None:
+    curve, points = measured.curve, len(measured.curve.versions)
+    if points < paths.FEWEST:
+        return f"not enough: {points} evaluated versions, {paths.FEWEST} are needed"
+    if curve.covariance is None:
+        return f"not enough: no standard error; give {curve.name}_se or per-prompt scores"
+    if not np.any(np.diag(curve.covariance) > 0):
+        return "not enough: all prompts score the same at every version, so no standard error is known"
+    if np.ptp(curve.mean) <= 1e-12 * np.max(np.abs(curve.mean)):
+        return f"not enough: {curve.name} is constant"
+    return None
+
+
+def _no_future(measured: _Measured, kl: float | None, version: int | None) -> str | None:
+    if version is not None:
+        last = int(measured.curve.versions[-1])
+        return None if version > last else f"the budget, version {version}, is spent: the last evaluated one is {last}"
+    if measured.axis != "sqrt(KL)":
+        raise UserError("a KL budget needs the KL at the evaluated versions: give it, or a version budget")
+    last_kl = float(measured.distance[-1] ** 2)
+    return None if kl is not None and kl > last_kl else f"the budget, a KL of {kl:g}, is spent: it is {last_kl:g} now"
+
+
+def _to_budget(
+    measured: _Measured, seen: paths.Seen, kl: float | None, version: int | None, draws: int, seed: int
+) -> tuple[Array, Array]:
+    """Return x (S, m) and steps (m,) of the evaluations from now to the budget."""
+    if version is not None:
+        gap = float(np.median(np.diff(measured.curve.versions)))
+        far = (version - float(measured.curve.versions[-1])) / gap
+        steps = _grid(far)
+        return _onward(seen, steps, draws, seed), steps
+    assert kl is not None
+    rates = _rates(seen)
+    rate = float(np.median(rates)) or float(seen.x.max() / seen.steps[-1])
+    steps = _grid((np.sqrt(kl) / seen.length - float(seen.x[-1])) / rate)
+    return np.tile(seen.x[-1] + rate * steps, (draws, 1)), steps
+
+
+def _grid(far: float) -> Array:
+    """Evaluations to come at whole steps, at most GRID of them, and one at the budget, `far` steps away."""
+    count = int(np.ceil(far))
+    return np.append(np.arange(1.0, count), far) if count <= GRID else np.linspace(far / GRID, far, GRID)
+
+
+def _rates(seen: paths.Seen) -> Array:
+    """Return how fast x grew, a step, from each of the versions of the second half to the last; 0 where it fell."""
+    first = len(seen.x) // 2
+    return np.maximum((seen.x[-1] - seen.x[first:-1]) / (seen.steps[-1] - seen.steps[first:-1]), 0)
+
+
+def _onward(seen: paths.Seen, steps: Array, draws: int, seed: int) -> Array:
+    """Draw x (S, m), `steps` (m,) after the last version: on at one of the rates seen."""
+    rate = np.random.default_rng([seed, 1]).choice(_rates(seen), draws)
+    return np.asarray(seen.x[-1] + rate[:, None] * steps)
+
+
+def _quantiles(values: Array, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _answer(low: float, high: float, swing: float) -> tuple[Answer, str | None]:
+    wide = "more than the curve has moved so far cannot be excluded"
+    if low > 0:
+        return ("interval", None) if high <= swing else ("at least", wide)
+    if high <= swing:
+        return "at most", "no gain at all cannot be excluded"
+    return "not identified", f"no gain at all cannot be excluded, and {wide}"
+
+
+def _laws(measured: _Measured) -> tuple[paths.Law, ...]:
+    curve = measured.curve
+    if curve.covariance is None or len(np.unique(measured.distance)) < 3:
+        return ()
+    covariance = paths.scan.floored(curve.covariance)
+    return tuple(paths.fit_law(name, measured.distance, curve.mean, covariance) for name in paths.LAWS)
+
+
+def _nothing(measured: _Measured, estimand: str, level: float, reason: str) -> Headroom:
+    return Headroom(
+        evaluation=measured.curve.name,
+        estimand=estimand,
+        answer="not identified",
+        low=None,
+        high=None,
+        level=level,
+        smooth_low=None,
+        smooth_high=None,
+        weights=(),
+        laws=(),
+        axis=measured.axis,
+        reason=reason,
+        notes=measured.notes,
+    )
+
+
+def _forecast(
+    curve: Curve, ahead: int, version: int, values: Array, smooth: Array, level: float, why: str | None
+) -> Forecast:
+    low, high = (None, None) if why else _quantiles(values, level)
+    smooth_low, smooth_high = (None, None) if why else _quantiles(smooth, level)
+    se = curve.se
+    return Forecast(
+        evaluation=curve.name,
+        estimand=f"the true {curve.name} at version {version}, {ahead} evaluations after the last measured one",
+        ahead=ahead,
+        version=version,
+        median=None if why else float(np.median(values)),
+        low=low,
+        high=high,
+        level=level,
+        smooth_low=smooth_low,
+        smooth_high=smooth_high,
+        draws=values,
+        persistence=None if se is None or not len(se) else (float(curve.mean[-1]), float(se[-1])),
+        not_identified=why,
+    )

@@ -1,0 +1,289 @@
+"""Paths that the true evaluation may have taken and may take: two laws, a concave curve and a random walk, averaged.
+
+Along x, the distance d = sqrt(KL) from the reference (or the version, where no KL is given), with c the value at d = 0:
+
+    best-of-n   c + d (alpha - beta d)            Gao, Schulman & Hilton 2022, peak at alpha / (2 beta)
+    rl          c + d (alpha - beta log d)        the same, peak at exp(alpha / beta - 1)
+    concave     any concave curve
+    level       no trend at all: a random walk over the evaluations
+
+Laws and level are linear in their parameters and, with beta >= 0, hold for a random walk around them too: their
+posterior under a flat prior is exact. Weights are exp(-BIC / 2) (Schwarz 1978), which only knows the points so far:
+`level` keeps at least LEVEL_FLOOR of the draws. What no fit can foresee is drawn apart, see `_surprised`.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy import optimize, stats
+
+from configs.errors import UserError
+from trainers.mismatch import scan
+from trainers.mismatch.series import Array, Curve
+
+LawName = Literal["best-of-n", "rl"]
+LAWS: tuple[LawName, ...] = ("best-of-n", "rl")
+
+FEWEST = 5  # evaluated versions
+LEVEL_FLOOR = 0.15  # of the draws: a trend so far need not go on
+WALKS = (0.0, 0.1, 0.3, 1.0)  # standard deviation of a walk's step, in units of the pace
+KNOTS = 8  # where the concave curve may bend
+REFITS = 64  # of the concave curve to simulated measurements
+BENDS = 3.0  # shape of the gamma process of bends to come, per length of x seen
+FALLS, RISES = 0.05, 0.04  # share of the draws in which a surprise comes at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Law:
+    """One law fitted to n points; value and `alpha`, `beta` in units of the evaluation and of d."""
+
+    name: LawName
+    base: float  # c, the value at d = 0
+    alpha: float
+    beta: float
+    covariance: Array  # (3, 3) of base, alpha, beta
+    bic: float
+    peak: float | None  # d at which the law peaks; None: it has no peak at d > 0
+    gain: float | None  # from the base to that peak
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Seen:
+    """An evaluation at n versions in units of its own: x at most 1, values from `centre` in units of `swing`."""
+
+    x: Array  # (n,) distance from the base
+    steps: Array  # (n,) evaluations since the first version
+    mean: Array  # (n,)
+    covariance: Array  # (n, n)
+    pace: float  # the steepest change so far, a step
+    centre: float
+    swing: float  # what the value has moved so far, at least 3 standard errors
+    length: float  # x = 1, in sqrt(KL) or versions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Paths:
+    """S draws of the true values, in the evaluation's unit."""
+
+    seen: Array  # (S, n) at the evaluated versions
+    smooth: Array  # (S, m) at the future points, were there no surprise
+    ahead: Array  # (S, m) at the same points
+    weights: tuple[tuple[str, float], ...]  # of the models, the sum is 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Fit:
+    """A linear model with a random walk of standard deviation `walk` a step around it."""
+
+    name: str
+    walk: float
+    bic: float
+    theta: Array  # (p,)
+    covariance: Array  # (p, p)
+
+
+def standardise(curve: Curve, distance: Array) -> Seen:
+    """Bring a curve of n >= FEWEST versions, at `distance` (n,) from the base, to units of its own.
+
+    Errors are widened where the second differences show that they are understated (`scan.noise_scale`). Raises
+    ValueError where the covariance is not known, every standard error is 0, or no distance is positive.
+    """
+    if curve.covariance is None or distance.max() <= 0:
+        raise ValueError(f"{curve.name}: no covariance, or nothing moved")
+    covariance = scan.floored(curve.covariance)
+    scale = float(scan.noise_scale(curve.mean[:, None], covariance)[-1, 0])
+    se = scale * float(np.median(np.sqrt(np.diag(covariance))))
+    smooth = np.convolve(curve.mean - curve.mean[0], np.full(3, 1 / 3), "valid")
+    swing = float(np.hypot(np.ptp(smooth), 3 * se))
+    versions = curve.versions.astype(np.float64)
+    steps = (versions - versions[0]) / float(np.median(np.diff(versions)))
+    apart = max(2, len(steps) // 3)
+    moved = (curve.mean[apart:] - curve.mean[:-apart]) ** 2 - 2 * se**2
+    speeds = np.sqrt(np.maximum(moved, 0)) / (steps[apart:] - steps[:-apart])
+    return Seen(
+        x=distance / distance.max(),
+        steps=steps,
+        mean=(curve.mean - curve.mean[0]) / swing,
+        covariance=covariance * scale**2 / swing**2,
+        pace=max(float(speeds.max()), se / float(steps[-1])) / swing,
+        centre=float(curve.mean[0]),
+        swing=swing,
+        length=float(distance.max()),
+    )
+
+
+def fit_law(name: LawName, distance: Array, mean: Array, covariance: Array) -> Law:
+    """Fit one of Gao et al.'s laws by generalised least squares; points (n,) in any order, covariance (n, n).
+
+    `distance` is d = sqrt(KL), 0 or more. Raises UserError for fewer than three distinct distances, which leave the
+    parameters undetermined.
+    """
+    if len(np.unique(distance)) < 3 or distance.min() < 0:
+        raise UserError(f"a law needs three different distances of 0 or more, not {np.unique(distance).tolist()}")
+    length = float(distance.max())
+    theta, uncertainty, bic = _least_squares(_basis(name, distance / length), mean, covariance)
+    back = np.diag([1, 1 / length, 1 / length if name == "rl" else 1 / length**2])
+    if name == "rl":  # x log x = (d / length) (log d - log length)
+        back[1, 2] = np.log(length) / length
+    base, alpha, beta = (float(number) for number in back @ theta)
+    peak = gain = None
+    if name == "rl" and beta > 0 and alpha / beta < 700:
+        peak = float(np.exp(alpha / beta - 1))
+        gain = beta * peak
+    elif name == "best-of-n" and beta > 0 and alpha > 0:
+        peak, gain = alpha / (2 * beta), alpha**2 / (4 * beta)
+    spread = back @ uncertainty @ back.T
+    return Law(name=name, base=base, alpha=alpha, beta=beta, covariance=spread, bic=bic, peak=peak, gain=gain)
+
+
+def draw_paths(seen: Seen, x: Array, steps: Array, seed: int) -> Paths:
+    """Draw S paths through the points so far and on to x (S, m), `steps` (m,) evaluations after the last one."""
+    rng = np.random.default_rng(seed)
+    fits = [fit for name in (*LAWS, "level") for walk in WALKS if (fit := _fit(seen, name, walk * seen.pace))]
+    hinges = _Hinges.of(seen)
+    bic = np.array([*(fit.bic + 2 * np.log(len(WALKS)) for fit in fits), hinges.bic])
+    names = [*(fit.name for fit in fits), "concave"]
+    weights = np.exp(-(bic - bic.min()) / 2)
+    weights /= weights.sum()
+    level = np.array([name == "level" for name in names])
+    if (share := float(weights[level].sum())) < LEVEL_FLOOR:
+        kept = bic[level] - bic[level].min()
+        weights *= (1 - LEVEL_FLOOR) / (1 - share)
+        weights[level] = LEVEL_FLOOR * np.exp(-kept / 2) / np.exp(-kept / 2).sum()
+    edges = np.round(np.concatenate([[0.0], np.cumsum(weights)]) * len(x)).astype(int)
+    parts = []
+    for number, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
+        if last > first:
+            rows = x[first:last]
+            linear = number < len(fits)
+            parts.append(_draw(fits[number], seen, rows, steps, rng) if linear else hinges.draw(seen, rows, rng))
+    past, smooth = (np.concatenate(both) for both in zip(*parts, strict=True))
+    ahead = _surprised(past[:, -1], smooth, steps, seen.pace, rng)
+    by_name = {name: float(weights[[one == name for one in names]].sum()) for name in dict.fromkeys(names)}
+    past, smooth, ahead = (seen.centre + seen.swing * values for values in (past, smooth, ahead))
+    return Paths(seen=past, smooth=smooth, ahead=ahead, weights=tuple(by_name.items()))
+
+
+def _basis(name: str, x: Array) -> Array:
+    """Columns (..., p) of a model that is linear in its parameters, along x (...)."""
+    if name == "level":
+        return np.ones((*x.shape, 1))
+    bend = np.log(np.maximum(x, 1e-300)) if name == "rl" else x
+    return np.stack([np.ones_like(x), x, -x * bend], -1)
+
+
+def _least_squares(columns: Array, mean: Array, covariance: Array) -> tuple[Array, Array, float]:
+    """Return the estimate (p,), its covariance (p, p) and the BIC."""
+    root = np.linalg.cholesky(covariance)
+    q, r = np.linalg.qr(np.linalg.solve(root, columns))
+    white = np.linalg.solve(root, mean)
+    theta = np.linalg.solve(r, q.T @ white)
+    inverse = np.linalg.inv(r)
+    deviance = float(np.sum((white - q @ (q.T @ white)) ** 2)) + 2 * float(np.sum(np.log(np.diag(root))))
+    return theta, inverse @ inverse.T, deviance + columns.shape[1] * float(np.log(len(mean)))
+
+
+def _walk_covariance(seen: Seen, walk: float) -> Array:
+    return walk**2 * np.minimum(seen.steps[:, None], seen.steps)
+
+
+def _fit(seen: Seen, name: str, walk: float) -> _Fit | None:
+    """Fit a linear model; None: a law whose beta is not 0 or more with any probability worth a draw."""
+    columns = _basis(name, seen.x)
+    if len(np.unique(seen.x)) < columns.shape[1]:
+        return None
+    theta, covariance, bic = _least_squares(columns, seen.mean, seen.covariance + _walk_covariance(seen, walk))
+    if name != "level":
+        chance = float(stats.norm.cdf(theta[2] / np.sqrt(covariance[2, 2])))
+        if chance < 1e-3:
+            return None
+        bic -= 2 * float(np.log(chance))
+    return _Fit(name=name, walk=walk, bic=bic, theta=theta, covariance=covariance)
+
+
+def _draw(fit: _Fit, seen: Seen, x: Array, steps: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Draw from the exact posterior: values at the points so far (S, n) and ahead (S, m)."""
+    count, n = len(x), len(seen.x)
+    theta = fit.theta + rng.standard_normal((count, len(fit.theta))) @ np.linalg.cholesky(fit.covariance).T
+    if fit.name != "level":  # the posterior of beta is cut at 0, the others follow it
+        sd = float(np.sqrt(fit.covariance[2, 2]))
+        lowest = stats.norm.sf(fit.theta[2] / sd)
+        beta = fit.theta[2] + sd * stats.norm.ppf(lowest + (1 - lowest) * rng.uniform(1e-9, 1, count))
+        theta += (beta - theta[:, 2])[:, None] * (fit.covariance[2] / sd**2)
+    past = theta @ _basis(fit.name, seen.x).T
+    future = np.einsum("sp,smp->sm", theta, _basis(fit.name, x))
+    if fit.walk == 0:
+        return past, future
+    around = _walk_covariance(seen, fit.walk)
+    moves = np.sqrt(np.diff(seen.steps, prepend=0.0)) * fit.walk
+    prior = np.cumsum(rng.standard_normal((count, n)) * moves, 1)  # Matheron's rule turns it into a posterior draw
+    errors = rng.standard_normal((count, n)) @ np.linalg.cholesky(seen.covariance).T
+    residual = seen.mean - past - prior - errors
+    walked = prior + residual @ np.linalg.solve(seen.covariance + around, around)
+    onward = np.cumsum(rng.standard_normal(x.shape) * np.sqrt(np.diff(steps, prepend=0.0)) * fit.walk, 1)
+    return past + walked, future + walked[:, -1:] + onward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Hinges:
+    """The concave curve a + s x - sum of b_j (x - k_j)+ with b_j >= 0, by non-negative least squares."""
+
+    knots: Array  # (J,)
+    weights: Array  # (4 + J,) of a, -a, s, -s, b
+    bic: float
+
+    @classmethod
+    def of(cls, seen: Seen) -> "_Hinges":
+        inner = np.unique(seen.x)[1:-2]
+        knots = np.quantile(inner, np.linspace(0, 1, min(KNOTS, len(inner)))) if len(inner) else inner
+        root = np.linalg.cholesky(seen.covariance)
+        columns, white = np.linalg.solve(root, _columns(seen.x, knots)), np.linalg.solve(root, seen.mean)
+        weights, distance = optimize.nnls(columns, white)
+        free = 2 + int(np.sum(weights[4:] > 0))
+        deviance = distance**2 + 2 * float(np.sum(np.log(np.diag(root))))
+        return cls(knots=knots, weights=weights, bic=deviance + free * float(np.log(len(seen.x))))
+
+    def draw(self, seen: Seen, x: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+        """Refit to simulated measurements (parametric bootstrap); ahead, bends go on coming as they came so far."""
+        root = np.linalg.cholesky(seen.covariance)
+        whitened = np.linalg.solve(root, _columns(seen.x, self.knots))
+        fitted = whitened @ self.weights
+        refits = min(REFITS, len(x))
+        errors = rng.standard_normal((refits, len(seen.x)))
+        weights = np.stack([optimize.nnls(whitened, fitted + error)[0] for error in errors])
+        weights = weights[np.arange(len(x)) % refits]
+        past = weights @ _columns(seen.x, self.knots).T
+        future = np.einsum("sp,smp->sm", weights, _columns(x, self.knots))
+        # What is to come: a gamma process of bends whose mean per length of x is what was seen, and one mean slope.
+        span = float(np.ptp(seen.x))
+        low, high = int(np.argmin(seen.x)), int(np.argmax(seen.x))
+        total = weights[:, 4:].sum(1) + np.abs(past[:, high] - past[:, low]) / span
+        edges = np.maximum(np.concatenate([np.full((len(x), 1), seen.x.max()), x], 1), seen.x.max())
+        edges = np.maximum.accumulate(edges, 1)
+        bends = rng.gamma(BENDS * np.diff(edges, axis=1) / span) * (total / BENDS)[:, None]
+        middles = (edges[:, 1:] + edges[:, :-1]) / 2
+        return past, future - np.cumsum(bends, 1) * edges[:, 1:] + np.cumsum(bends * middles, 1)
+
+
+def _columns(x: Array, knots: Array) -> Array:
+    ones = np.ones((*x.shape, 1))
+    bent = np.maximum(x[..., None] - knots, 0)
+    return np.concatenate([ones, -ones, x[..., None], -x[..., None], -bent], -1)
+
+
+def _surprised(last: Array, smooth: Array, steps: Array, pace: float, rng: np.random.Generator) -> Array:
+    """Replace a small share of paths (S, m) by what no curve so far announces, from the last value (S,).
+
+    A fall of half the swing at once and of twice the pace from then on, or a rise at the pace, each of them times
+    1 + |z| / 2 for a standard normal z. They are few, so that they cost little where nothing happens, and far, so that 95 % intervals contain
+    cliffs, kinks and second rises. The sizes were chosen on simulated runs outside the laws (benchmarks/forecast.py).
+    """
+    order = rng.permutation(len(last))
+    falling, rising = int(np.ceil(FALLS * len(last))), int(np.ceil(RISES * len(last)))
+    size = 1 + np.abs(rng.standard_normal((len(last), 1))) / 2
+    out = smooth.copy()
+    down, up = order[:falling], order[falling : falling + rising]
+    out[down] = np.minimum(smooth[down], last[down, None] - size[down] * (0.5 + 2 * pace * steps))
+    out[up] = np.maximum(smooth[up], last[up, None] + size[up] * pace * steps)
+    return out
