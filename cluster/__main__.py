@@ -78,9 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     evaluate.add_argument("--checkpoint", metavar="DIR", help="policy in HF format; default: model.path")
     config = _command(commands, "config", _config, "print the resolved recipe and where values come from", "CONFIG")
     config.add_argument("--schema", action="store_true", help="print the JSON schema for editors instead")
-    watch = _reader(
-        commands, "watch", _watch, "have reward and evaluations parted? on any run", "runs/NAME --once"
-    )
+    watch = _reader(commands, "watch", _watch, "have reward and evaluations parted? on any run", "runs/NAME --once")
     watch.add_argument("--once", action="store_true", help="print what there is now, and end")
     watch.add_argument("--json", action="store_true", help="print the JSON object of docs/watch.md, one a line")
     watch.add_argument("--every", metavar="SECONDS", type=float, default=10.0, help="between looks; default: 10")
@@ -119,6 +117,8 @@ def _reader(
     parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; default: sqlite:///mlflow.db")
     parser.add_argument("--margin", metavar="DROP", type=float, help="a drop of the evaluation that does not matter")
     parser.add_argument("--planned", metavar="N", type=int, help="evaluated versions that the run will have")
+    parser.add_argument("--kl-budget", metavar="NATS", type=float, help="headroom: the gain up to this KL")
+    parser.add_argument("--version-budget", metavar="V", type=int, help="headroom: the gain up to this version")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.set_defaults(command=command, overrides=[])
     return parser
@@ -217,6 +217,8 @@ def _watch(args: argparse.Namespace) -> None:
         columns=Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version),
         tracking_uri=args.tracking_uri,
         settings=Settings(margin=args.margin, planned=args.planned),
+        kl_budget=args.kl_budget,
+        version_budget=args.version_budget,
         as_json=args.json,
         every_s=args.every,
     )

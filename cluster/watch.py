@@ -11,6 +11,8 @@ from configs.errors import UserError
 from trainers.measured import Columns, MeasuredRun
 from trainers.mismatch import Correlation, Curve, Settings
 from trainers.mismatch.findings import Findings, find, to_json
+from trainers.mismatch.headroom import Headroom
+from trainers.mismatch.selection import Selected
 from trainers.rundir import content_hash
 from trainers.sources import read
 from trainers.types import InfraError
@@ -32,6 +34,8 @@ class Watch:
     columns: Columns
     tracking_uri: str | None = None
     settings: Settings = Settings()
+    kl_budget: float | None = None  # nats
+    version_budget: int | None = None
     as_json: bool = False
     every_s: float = 10.0
 
@@ -75,11 +79,17 @@ def _read(watch: Watch) -> MeasuredRun:
 
 
 def _show(watch: Watch, run: MeasuredRun) -> None:
-    settings = watch.settings
-    if settings.planned is None and run.planned is not None:
-        settings = replace(settings, planned=max(run.planned, 3))
-    findings = find(run.series, settings, notes=run.notes)
+    settings = watch.settings if watch.settings.planned else replace(watch.settings, planned=run.planned)
+    version = watch.version_budget
+    if version is None and watch.kl_budget is None and not _ended(run):
+        version = run.final_version
+    findings = find(run.series, settings, kl_budget=watch.kl_budget, version_budget=version, notes=run.notes)
     print(json.dumps(to_json(findings), allow_nan=False) if watch.as_json else page(run, findings), flush=True)
+
+
+def _ended(run: MeasuredRun) -> bool:
+    versions = run.series.primary.versions
+    return run.final_version is not None and len(versions) > 0 and int(versions[-1]) >= run.final_version
 
 
 def _fingerprint(run: MeasuredRun) -> str:
@@ -100,6 +110,10 @@ def page(run: MeasuredRun, findings: Findings) -> str:
     lines = [f"{time.strftime('%H:%M:%S')} {run.name}: {count} evaluations by {primary.name}, {spread}"]
     state = "not enough" if verdict.state is None else f"{verdict.state} since version {verdict.since_version}"
     rows = [("state", state + (f": {MEANINGS[verdict.state]}" if verdict.state else ""))]
+    rows += [("chosen", _chosen(findings.selected)), ("headroom", _headroom(findings.headroom))]
+    rivals = [f"{one.rule} {one.version}" for one in findings.rivals if one.version is not None]
+    if rivals:
+        rows.append(("rivals", f"versions by simpler rules: {', '.join(rivals)}"))
     drop = verdict.primary.minimum_detectable_drop
     if drop is not None:
         rate = f"false alarms in at most {verdict.false_alarm_rate:.0%} of runs"
@@ -111,6 +125,21 @@ def page(run: MeasuredRun, findings: Findings) -> str:
     rows += [("note", reason) for reason in findings.reasons]
     width = max(len(label) for label, _ in rows)
     return "\n".join([*lines, *(f"  {label.ljust(width)}  {text}" for label, text in rows), ""])
+
+
+def _chosen(selected: Selected) -> str:
+    if selected.version is None or selected.value is None or selected.gain is None:
+        return "not enough"
+    value, gain = (f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]" for one in (selected.value, selected.gain))
+    return f"version {selected.version}: {value}, {gain} over version {selected.base}"
+
+
+def _headroom(headroom: Headroom) -> str:
+    if headroom.answer == "interval":
+        return f"{headroom.low:+.3g} to {headroom.high:+.3g}: {headroom.estimand}"
+    bound = {"at least": headroom.low, "at most": headroom.high}.get(headroom.answer)
+    number = "" if bound is None else f" {bound:+.3g}"
+    return f"{headroom.answer}{number}: {headroom.estimand}"
 
 
 def _latest(curve: Curve) -> str:

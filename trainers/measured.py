@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from configs.errors import UserError
 from trainers.mismatch import Curve, Series, from_means, from_records, from_table
+from trainers.mismatch.alarm import FEWEST
 from trainers.mismatch.sources import Table, is_scores
 from trainers.rundir import content_hash
 from trainers.types import Evaluation
@@ -62,6 +63,7 @@ class MeasuredRun:
     source: str  # what `trainers.sources.read` finds it by again: a path, or mlflow:RUN_ID
     series: Series
     planned: int | None = None  # versions that the primary evaluation will have in the end; None: not known
+    final_version: int | None = None  # that the recipe trains to; None: not known
     params: Mapping[str, str] = field(default_factory=dict)  # "algorithm.kl.coefficient": "0.02"; secrets are masked
     evaluation_hash: str | None = None  # equal: evaluated in the same way on the same prompts; None: not known
     early_warnings: tuple[EarlyWarning, ...] = ()
@@ -165,7 +167,7 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
         curves |= {key: from_means(key, *_columns(logged.metrics[key]), None) for key in named if key in metrics}
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
-    first = chosen.evaluations[0]
+    first, due = chosen.evaluations[0], _due(logged.params)
     return MeasuredRun(
         name=name,
         source=source,
@@ -174,7 +176,8 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
             kl=None if chosen.kl is None else curves[chosen.kl],
             evaluations=tuple(curves[key] for key in chosen.evaluations),
         ),
-        planned=_planned(logged.params, curves[first]),
+        planned=_planned(due, curves[first]),
+        final_version=due[-1] if due else None,
         params=logged.params,
         evaluation_hash=_evaluation_hash(logged),
         early_warnings=tuple(
@@ -239,14 +242,19 @@ def _defined(name: str, points: Iterable[tuple[int, float]]) -> Curve:
     return from_means(name, *_columns([point for point in points if math.isfinite(point[1])]), None)
 
 
-def _planned(params: Mapping[str, str], primary: Curve) -> int | None:
-    """Return at how many versions the recipe has the primary evaluation measured, if it has kept to that so far."""
+def _due(params: Mapping[str, str]) -> list[int]:
+    """Return the versions that the recipe has evaluated; none if it does not say."""
     try:
         steps, every = int(params["run.steps"]), int(params["evaluation.every"])
     except (KeyError, ValueError):
-        return None
-    due = sorted({*range(0, steps, every), steps})
-    return len(due) if due[: len(primary.versions)] == primary.versions.tolist() else None
+        return []
+    return sorted({*range(0, steps, every), steps})
+
+
+def _planned(due: Sequence[int], primary: Curve) -> int | None:
+    """Count them, if the primary evaluation has kept to them so far: a task may be due less often."""
+    kept = due[: len(primary.versions)] == primary.versions.tolist()
+    return len(due) if kept and len(due) >= FEWEST else None
 
 
 def _evaluation_hash(logged: Logged) -> str | None:

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -155,7 +155,10 @@ def measured(store: Store, run: TrackedRun, columns: Columns) -> MeasuredRun:
     needed = {chosen.version, *curves, *(f"{name}_se" for name in curves), *early_columns(names)}
     histories = {key: dict(store.history(run, key)) for key in keys if key in needed}
     steps = sorted({step for points in histories.values() for step in points})
-    table = {"step": steps, **{key: [points.get(step) for step in steps] for key, points in histories.items()}}
+    table: dict[str, Sequence[float | None]] = {
+        "step": steps,
+        **{key: [points.get(step) for step in steps] for key, points in histories.items()},
+    }
     found = from_columns(run.name, source, table, columns, chosen)
     return replace(found, params=run.params, seconds=run.seconds)
 

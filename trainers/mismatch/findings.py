@@ -1,49 +1,110 @@
 """All that is said about one run, in one place: as values for Python, and as the JSON object of docs/watch.md."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from configs.errors import UserError
 from trainers.mismatch.alarm import Alarm, Settings, Verdict, judge
 from trainers.mismatch.correlation import Correlation, correlate
+from trainers.mismatch.headroom import Headroom, headroom_within
+from trainers.mismatch.selection import Estimate, Rival, Selected, choose, report, rivals
 from trainers.mismatch.series import Series
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What the instrument says about one run; the chosen version and the headroom are the primary evaluation's."""
+    """What the instrument says about one run; what is chosen and the headroom are the primary evaluation's."""
 
     series: Series
     verdict: Verdict
+    selected: Selected  # from the curve itself: nothing is evaluated again here
+    rivals: tuple[Rival, ...]  # what simpler rules would have chosen
+    headroom: Headroom
     correlations: tuple[Correlation, ...]  # over the whole run: reward and KL with each evaluation
     reasons: tuple[str, ...]  # why something is not said, and what was left out or assumed
 
 
-def find(series: Series, settings: Settings | None = None, *, notes: tuple[str, ...] = ()) -> Findings:
+def find(
+    series: Series,
+    settings: Settings | None = None,
+    *,
+    kl_budget: float | None = None,
+    version_budget: int | None = None,
+    notes: tuple[str, ...] = (),
+) -> Findings:
     """Ask every part of the instrument about one run.
 
-    `notes` are the reader's and come last among the reasons. Raises UserError as the parts do.
+    The headroom is that within `kl_budget` (nats) or up to `version_budget`; of neither, up to half as many versions
+    again as lie behind. `notes` are the reader's and come last among the reasons. Raises UserError as the parts do.
     """
+    if kl_budget is not None and version_budget is not None:
+        raise UserError("give one budget: a KL or a version")
+    if kl_budget is None and version_budget is None:
+        version_budget = _half_again(series)
     verdict = judge(series, settings)
+    selected = report(choose(series.primary))
+    headroom = headroom_within(series, kl=kl_budget, version=version_budget)
     correlations = correlate(series)
-    reasons = [*verdict.reasons, *_correlation_reasons(correlations), *notes]
-    return Findings(series=series, verdict=verdict, correlations=correlations, reasons=tuple(dict.fromkeys(reasons)))
+    reasons = [
+        *verdict.reasons,
+        *_reasons("chosen version", selected.not_enough, selected.note),
+        *_reasons("headroom", headroom.reason, *(note for note in headroom.notes if note not in series.primary.notes)),
+        *(f"correlation of {one.x} and {one.y}: {one.not_enough}" for one in correlations if one.not_enough),
+        *notes,
+    ]
+    return Findings(
+        series=series,
+        verdict=verdict,
+        selected=selected,
+        rivals=rivals(series, kl_budget=kl_budget),
+        headroom=headroom,
+        correlations=correlations,
+        reasons=tuple(dict.fromkeys(reasons)),
+    )
 
 
 def to_json(findings: Findings) -> dict[str, Any]:
     """Return the documented JSON object: numbers, text, lists and None only. docs/watch.md says what each field is."""
-    verdict, primary = findings.verdict, findings.series.primary
+    verdict, primary, selected = findings.verdict, findings.series.primary, findings.selected
+    headroom = findings.headroom
     return {
         "state": verdict.state,
         "since_version": verdict.since_version,
         "reward": findings.series.reward.name,
         "evaluation": primary.name,
         "evaluated_versions": primary.versions.tolist(),
+        "chosen_version": selected.version,
+        "chosen_value": _estimate(selected.value, selected),
+        "chosen_gain": _estimate(selected.gain, selected),
+        "rivals": [{"rule": one.rule, "version": one.version, "not_enough": one.not_enough} for one in findings.rivals],
+        "headroom": {
+            "answer": headroom.answer,
+            "low": headroom.low,
+            "high": headroom.high,
+            "level": headroom.level,
+            "estimand": headroom.estimand,
+            "reason": headroom.reason,
+        },
         "false_alarm_rate": verdict.false_alarm_rate,
         "minimum_detectable_drop": verdict.primary.minimum_detectable_drop,
         "alarms": [_alarm(alarm) for alarm in (verdict.primary, *verdict.others)],
         "correlations": [asdict(one) for one in findings.correlations],
         "reasons": list(findings.reasons),
     }
+
+
+def _half_again(series: Series) -> int:
+    versions = series.primary.versions
+    return int(versions[-1]) + max(1, math.ceil((versions[-1] - versions[0]) / 2)) if len(versions) else 1
+
+
+def _reasons(about: str, *why: str | None) -> list[str]:
+    return [f"{about}: {one}" for one in why if one]
+
+
+def _estimate(estimate: Estimate | None, selected: Selected) -> dict[str, Any] | None:
+    return None if estimate is None else {**asdict(estimate), "level": selected.level, "sample": selected.source}
 
 
 def _alarm(alarm: Alarm) -> dict[str, Any]:
@@ -59,8 +120,3 @@ def _alarm(alarm: Alarm) -> dict[str, Any]:
         ],
         "not_enough": alarm.not_enough,
     }
-
-
-def _correlation_reasons(correlations: tuple[Correlation, ...]) -> list[str]:
-    """Say once for each pair of curves why it has no coefficient."""
-    return [f"correlation of {one.x} and {one.y}: {one.not_enough}" for one in correlations if one.not_enough]
