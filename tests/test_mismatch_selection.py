@@ -243,3 +243,10 @@ def test_nothing_depends_on_units(seed: int, scale: float, shift: float, spacing
 def test_a_renamed_evaluation_changes_nothing() -> None:
     other = replace(measured(), name="helpful", notes=("a note",))
     assert choose(other).version == choose(measured()).version and choose(other).evaluation == "helpful"
+
+
+@pytest.mark.parametrize("points", [10, 20])
+def test_simulated_truths_start_at_the_base_and_gain_one(points: int) -> None:
+    found = truths(points)
+    assert all(path[0] == 0 and np.isfinite(path).all() for path in found.values())
+    assert [path.max() for path in found.values()] == [1.0] * (len(found) - 2) + [0.0, 0.0]
