@@ -23,7 +23,7 @@ SEED = 20_240_602
 PEAK, POINTS, STEP = 16, 22, 0.2  # evaluation of the peak, evaluations in all, sqrt(KL) an evaluation
 AHEAD = (1, 3, 5)
 SES = (0.03, 0.1, 0.2)
-SHARES = (0.25, 0.5, 0.75, 1.0)
+SHARES = (0.375, 0.5, 0.75, 1.0)
 BUDGET = 1.25  # of d*
 
 
@@ -46,6 +46,7 @@ class Cell:
     smooth_coverage: Array  # (3,) of the intervals without surprises
     silent: Array  # (3,) share "not identified"
     headroom_coverage: float  # of what was said about the headroom
+    headroom_smooth: float  # of its interval without surprises, in all runs
     headroom_answers: dict[Answer, float]
 
 
@@ -77,11 +78,11 @@ def families() -> Iterator[Family]:
     yield Family(name="random walk", truth=lambda rng, _: np.cumsum(walk * rng.standard_normal(POINTS)))
 
 
-def measure(family: Family, se: float, share: float, runs: int, seed: tuple[int, ...], draws: int = 1_000) -> Cell:
+def measure(family: Family, se: float, share: float, runs: int, seed: tuple[int, ...], draws: int = 600) -> Cell:
     """Forecast `runs` runs of a family, seen up to `share` of d*, errors of standard deviation `se`."""
     last = round(share * PEAK)
     versions, d = np.arange(POINTS), STEP * np.arange(POINTS)
-    scores, answers, held = np.full((runs, len(AHEAD), 5), np.nan), [], []
+    scores, answers, held, smooth = np.full((runs, len(AHEAD), 5), np.nan), [], [], []
     for run in range(runs):
         rng = np.random.default_rng([SEED, *seed, run])
         truth = family.truth(rng, se)
@@ -97,9 +98,11 @@ def measure(family: Family, se: float, share: float, runs: int, seed: tuple[int,
         found = headroom_within(series, kl=float((BUDGET * PEAK * STEP) ** 2), draws=draws)
         gain = max(float(truth[last + 1 : round(BUDGET * PEAK) + 1].max() - truth[seen].max()), 0.0)
         answers.append(found.answer)
+        if found.smooth_low is not None and found.smooth_high is not None:
+            smooth.append(found.smooth_low - 1e-9 <= gain <= found.smooth_high + 1e-9)
         if found.answer != "not identified":
             held.append((found.low or 0.0) - 1e-9 <= gain <= (np.inf if found.high is None else found.high) + 1e-9)
-    return _summary(scores, answers, held)
+    return _summary(scores, answers, held, smooth)
 
 
 def _score(one: Forecast, truth: float) -> tuple[float, ...]:
@@ -112,7 +115,7 @@ def _score(one: Forecast, truth: float) -> tuple[float, ...]:
     return crps(one.draws, truth), crps_normal(*persistence, truth), covered, smoothly, high - low
 
 
-def _summary(scores: Array, answers: list[Answer], held: list[bool]) -> Cell:
+def _summary(scores: Array, answers: list[Answer], held: list[bool], smooth: list[bool]) -> Cell:
     rng = np.random.default_rng(SEED)
     out: dict[str, list[float]] = {name: [] for name in ("ratio", "spread", "coverage", "smooth_coverage", "width")}
     for place in range(len(AHEAD)):
@@ -132,6 +135,7 @@ def _summary(scores: Array, answers: list[Answer], held: list[bool]) -> Cell:
         **{name: np.array(numbers) for name, numbers in out.items()},
         silent=np.isnan(scores[:, :, 0]).mean(0),
         headroom_coverage=float(np.mean(held)) if held else np.nan,
+        headroom_smooth=float(np.mean(smooth)) if smooth else np.nan,
         headroom_answers={kind: answers.count(kind) / len(answers) for kind in kinds},
     )
 
@@ -145,7 +149,7 @@ def main() -> None:
     parser.add_argument("--family", nargs="+", help="names of families; default: all")
     options = parser.parse_args()
     print("| family | SE | d* seen | runs | CRPS / persistence | its SE | coverage | without surprises | width | silent", end="")
-    print(" | headroom: coverage | interval, at least, at most, silent |\n" + "|---" * 12 + "|")
+    print(" | headroom: coverage | without surprises | interval, at least, at most, silent |\n" + "|---" * 13 + "|")
     for number, family in enumerate(families()):
         if options.family and family.name not in options.family:
             continue
@@ -156,7 +160,7 @@ def main() -> None:
                 columns = " | ".join(" ".join(f"{one:.2f}" for one in group) for group in groups)
                 kinds = " ".join(f"{one:.2f}" for one in cell.headroom_answers.values())
                 first = f"| {family.name} | {se:g} | {share:g} | {options.runs}"
-                print(f"{first} | {columns} | {cell.headroom_coverage:.2f} | {kinds} |", flush=True)
+                print(f"{first} | {columns} | {cell.headroom_coverage:.2f} | {cell.headroom_smooth:.2f} | {kinds} |", flush=True)
 
 
 if __name__ == "__main__":

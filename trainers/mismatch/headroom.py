@@ -1,7 +1,7 @@
 """What a run can still gain under this proxy and recipe, and where its evaluation goes next, as far as its curve tells.
 
 The estimands are values of the *true* curve; measured values scatter around it. Paths are drawn by
-`trainers.mismatch.paths`. Where the draws disagree by more than the curve has moved so far, nothing or only one side is
+`trainers.mismatch.paths`. Where the draws disagree by more than twice what the curve has moved so far, nothing or only one side is
 said: before its peak a curve tells little about what follows.
 """
 
@@ -19,6 +19,7 @@ from trainers.mismatch.series import Array, Curve, Integers, Series
 Answer = Literal["interval", "at least", "at most", "not identified"]
 
 CORE = 0.8  # the share of draws whose width decides whether a forecast is identified
+WIDE = 2.0  # times what the curve has moved so far: wider is not identified
 GRID = 60  # future evaluations that are drawn, at most
 
 
@@ -83,8 +84,8 @@ def headroom_within(
 
     The estimand: the largest true value at the evaluations from now to the budget, at their cadence so far, less the
     largest at the versions evaluated so far; 0 if it is negative. "interval" gives both sides. "at most": no gain at
-    all cannot be excluded. "at least": the upper side is larger than all that the curve has moved so far, which no
-    curve supports. "not identified": both. Raises UserError unless exactly one budget is given.
+    all cannot be excluded. "at least": the upper side is more than twice what the curve has moved so far, which it
+    does not support. "not identified": both. Raises UserError unless exactly one budget is given.
     """
     if (kl is None) == (version is None):
         raise UserError("give one budget: kl in nats, or version")
@@ -154,7 +155,7 @@ def forecast(
         if drawn is not None and seen is not None:
             values, smooth = np.sort(drawn.ahead[:, horizon - 1]), drawn.smooth[:, horizon - 1]
             low, high = _quantiles(smooth, CORE)
-            if high - low > 2 * seen.swing:
+            if high - low > WIDE * seen.swing:
                 why, values = f"{CORE:.0%} of the draws span more than twice what the curve has moved so far", values[:0]
         at = round(float(curve.versions[-1]) + gap * horizon) if len(curve.versions) else 0
         out.append(_forecast(curve, horizon, at, values, smooth, level, why))
@@ -261,10 +262,10 @@ def _quantiles(values: Array, level: float) -> tuple[float, float]:
 
 
 def _answer(low: float, high: float, swing: float) -> tuple[Answer, str | None]:
-    wide = "more than the curve has moved so far cannot be excluded"
+    wide = "more than twice what the curve has moved so far cannot be excluded"
     if low > 0:
-        return ("interval", None) if high <= swing else ("at least", wide)
-    if high <= swing:
+        return ("interval", None) if high <= WIDE * swing else ("at least", wide)
+    if high <= WIDE * swing:
         return "at most", "no gain at all cannot be excluded"
     return "not identified", f"no gain at all cannot be excluded, and {wide}"
 

@@ -1,15 +1,17 @@
-"""Paths that the true evaluation may have taken and may take: two laws, a concave curve and a random walk, averaged.
+"""Paths that the true evaluation may have taken and may take: two laws and three plainer curves, averaged.
 
 Along x, the distance d = sqrt(KL) from the reference (or the version, where no KL is given), with c the value at d = 0:
 
-    best-of-n   c + d (alpha - beta d)            Gao, Schulman & Hilton 2022, peak at alpha / (2 beta)
-    rl          c + d (alpha - beta log d)        the same, peak at exp(alpha / beta - 1)
-    concave     any concave curve
-    level       no trend at all: a random walk over the evaluations
+    best-of-n    c + d (alpha - beta d)            Gao, Schulman & Hilton 2022, peak at alpha / (2 beta)
+    rl           c + d (alpha - beta log d)        the same, peak at exp(alpha / beta - 1)
+    saturating   c + a (1 - exp(-k d))
+    concave      any concave curve
+    level        no trend at all
 
-Laws and level are linear in their parameters and, with beta >= 0, hold for a random walk around them too: their
-posterior under a flat prior is exact. Weights are exp(-BIC / 2) (Schwarz 1978), which only knows the points so far:
-`level` keeps at least LEVEL_FLOOR of the draws. What no fit can foresee is drawn apart, see `_surprised`.
+All but `concave` are linear in their parameters (beta >= 0) and hold for a random walk over the evaluations around them
+too, so that under a weak normal prior their posterior is exact. Weights are exp(-BIC / 2) (Schwarz 1978), which only
+knows the points so far: `level` keeps at least LEVEL_FLOOR of the draws. What no fit can foresee is drawn apart, see
+`_surprised`.
 """
 
 from dataclasses import dataclass
@@ -25,13 +27,16 @@ from trainers.mismatch.series import Array, Curve
 LawName = Literal["best-of-n", "rl"]
 LAWS: tuple[LawName, ...] = ("best-of-n", "rl")
 
-FEWEST = 5  # evaluated versions
-LEVEL_FLOOR = 0.15  # of the draws: a trend so far need not go on
+FEWEST = 6  # evaluated versions
+LEVEL_FLOOR = 0.25  # of the draws: a trend so far need not go on
 WALKS = (0.0, 0.1, 0.3, 1.0)  # standard deviation of a walk's step, in units of the pace
+RATES = (2.0, 5.0, 12.0)  # k of a saturating curve, where the largest distance so far is 1
+PRIOR = {"base": 2.0, "slope": 2.0, "beta": 1.0}  # standard deviations, in swings over the distance so far
 KNOTS = 8  # where the concave curve may bend
-REFITS = 64  # of the concave curve to simulated measurements
+REFITS = 30  # of the concave curve to simulated measurements
 BENDS = 3.0  # shape of the gamma process of bends to come, per length of x seen
-FALLS, RISES = 0.05, 0.04  # share of the draws in which a surprise comes at once
+DAMPING = 0.6  # at least this part of a concave curve's last slope is left a step later
+FALLS, RISES = 0.035, 0.035  # share of the draws in which a surprise comes at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,7 +61,8 @@ class Seen:
     steps: Array  # (n,) evaluations since the first version
     mean: Array  # (n,)
     covariance: Array  # (n, n)
-    pace: float  # the steepest change so far, a step
+    pace: float  # the steepest change so far, a step, less what the errors add to it
+    steepest: float  # the same, errors included
     centre: float
     swing: float  # what the value has moved so far, at least 3 standard errors
     length: float  # x = 1, in sqrt(KL) or versions
@@ -74,9 +80,10 @@ class Paths:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Fit:
-    """A linear model with a random walk of standard deviation `walk` a step around it."""
+    """The posterior of a linear model with a random walk of standard deviation `walk` a step around it."""
 
     name: str
+    rate: float  # k, of a saturating curve
     walk: float
     bic: float
     theta: Array  # (p,)
@@ -99,14 +106,15 @@ def standardise(curve: Curve, distance: Array) -> Seen:
     versions = curve.versions.astype(np.float64)
     steps = (versions - versions[0]) / float(np.median(np.diff(versions)))
     apart = max(2, len(steps) // 3)
-    moved = (curve.mean[apart:] - curve.mean[:-apart]) ** 2 - 2 * se**2
-    speeds = np.sqrt(np.maximum(moved, 0)) / (steps[apart:] - steps[:-apart])
+    moved, over = curve.mean[apart:] - curve.mean[:-apart], steps[apart:] - steps[:-apart]
+    pace = float(np.max(np.sqrt(np.maximum(moved**2 - 2 * se**2, 0)) / over))
     return Seen(
         x=distance / distance.max(),
         steps=steps,
         mean=(curve.mean - curve.mean[0]) / swing,
         covariance=covariance * scale**2 / swing**2,
-        pace=max(float(speeds.max()), se / float(steps[-1])) / swing,
+        pace=max(pace, se / float(steps[-1])) / swing,
+        steepest=float(np.max(np.abs(moved) / over)) / swing,
         centre=float(curve.mean[0]),
         swing=swing,
         length=float(distance.max()),
@@ -140,17 +148,9 @@ def fit_law(name: LawName, distance: Array, mean: Array, covariance: Array) -> L
 def draw_paths(seen: Seen, x: Array, steps: Array, seed: int) -> Paths:
     """Draw S paths through the points so far and on to x (S, m), `steps` (m,) evaluations after the last one."""
     rng = np.random.default_rng(seed)
-    fits = [fit for name in (*LAWS, "level") for walk in WALKS if (fit := _fit(seen, name, walk * seen.pace))]
-    hinges = _Hinges.of(seen)
-    bic = np.array([*(fit.bic + 2 * np.log(len(WALKS)) for fit in fits), hinges.bic])
+    fits, hinges = _fits(seen), _Hinges.of(seen)
     names = [*(fit.name for fit in fits), "concave"]
-    weights = np.exp(-(bic - bic.min()) / 2)
-    weights /= weights.sum()
-    level = np.array([name == "level" for name in names])
-    if (share := float(weights[level].sum())) < LEVEL_FLOOR:
-        kept = bic[level] - bic[level].min()
-        weights *= (1 - LEVEL_FLOOR) / (1 - share)
-        weights[level] = LEVEL_FLOOR * np.exp(-kept / 2) / np.exp(-kept / 2).sum()
+    weights = _weights(names, np.array([*(fit.bic for fit in fits), hinges.bic]))
     edges = np.round(np.concatenate([[0.0], np.cumsum(weights)]) * len(x)).astype(int)
     parts = []
     for number, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
@@ -159,16 +159,38 @@ def draw_paths(seen: Seen, x: Array, steps: Array, seed: int) -> Paths:
             linear = number < len(fits)
             parts.append(_draw(fits[number], seen, rows, steps, rng) if linear else hinges.draw(seen, rows, rng))
     past, smooth = (np.concatenate(both) for both in zip(*parts, strict=True))
-    ahead = _surprised(past[:, -1], smooth, steps, seen.pace, rng)
+    ahead = _surprised(past[:, -1], smooth, seen, steps, rng)
     by_name = {name: float(weights[[one == name for one in names]].sum()) for name in dict.fromkeys(names)}
     past, smooth, ahead = (seen.centre + seen.swing * values for values in (past, smooth, ahead))
     return Paths(seen=past, smooth=smooth, ahead=ahead, weights=tuple(by_name.items()))
 
 
-def _basis(name: str, x: Array) -> Array:
+def _fits(seen: Seen) -> list[_Fit]:
+    kinds = [*((name, 0.0) for name in (*LAWS, "level")), *(("saturating", rate) for rate in RATES)]
+    fits = [_fit(seen, name, rate, walk * seen.pace) for name, rate in kinds for walk in WALKS]
+    return [fit for fit in fits if fit is not None]
+
+
+def _weights(names: list[str], bic: Array) -> Array:
+    """Return the weights (M,) of the models: the kinds are equally likely beforehand, and so are the models of each."""
+    counts = np.array([len(WALKS) * (len(RATES) if name == "saturating" else 1) for name in names], np.float64)
+    counts[[name == "concave" for name in names]] = 1
+    weights = np.exp(-(bic - bic.min()) / 2) / counts
+    weights /= weights.sum()
+    level = np.array([name == "level" for name in names])
+    if (share := float(weights[level].sum())) < LEVEL_FLOOR:
+        among = np.exp(-(bic[level] - bic[level].min()) / 2)
+        weights *= (1 - LEVEL_FLOOR) / (1 - share)
+        weights[level] = LEVEL_FLOOR * among / among.sum()
+    return weights
+
+
+def _basis(name: str, x: Array, rate: float = 0.0) -> Array:
     """Columns (..., p) of a model that is linear in its parameters, along x (...)."""
     if name == "level":
         return np.ones((*x.shape, 1))
+    if name == "saturating":
+        return np.stack([np.ones_like(x), np.expm1(-rate * x) / np.expm1(-rate)], -1)
     bend = np.log(np.maximum(x, 1e-300)) if name == "rl" else x
     return np.stack([np.ones_like(x), x, -x * bend], -1)
 
@@ -188,31 +210,35 @@ def _walk_covariance(seen: Seen, walk: float) -> Array:
     return walk**2 * np.minimum(seen.steps[:, None], seen.steps)
 
 
-def _fit(seen: Seen, name: str, walk: float) -> _Fit | None:
-    """Fit a linear model; None: a law whose beta is not 0 or more with any probability worth a draw."""
-    columns = _basis(name, seen.x)
-    if len(np.unique(seen.x)) < columns.shape[1]:
-        return None
-    theta, covariance, bic = _least_squares(columns, seen.mean, seen.covariance + _walk_covariance(seen, walk))
-    if name != "level":
+def _fit(seen: Seen, name: str, rate: float, walk: float) -> _Fit | None:
+    """Return a model's posterior; None: a law whose beta is 0 or more with next to no probability."""
+    columns = _basis(name, seen.x, rate)
+    precision = np.array(list(PRIOR.values())[: columns.shape[1]]) ** -2.0
+    root = np.linalg.cholesky(seen.covariance + _walk_covariance(seen, walk))
+    white, mean = np.linalg.solve(root, columns), np.linalg.solve(root, seen.mean)
+    inverse = white.T @ white + np.diag(precision)
+    theta, covariance = np.linalg.solve(inverse, white.T @ mean), np.linalg.inv(inverse)
+    bic = float(np.sum((mean - white @ theta) ** 2) + precision @ theta**2 + 2 * np.sum(np.log(np.diag(root))))
+    bic += (len(theta) + (walk > 0)) * float(np.log(len(mean)))
+    if name in LAWS:
         chance = float(stats.norm.cdf(theta[2] / np.sqrt(covariance[2, 2])))
-        if chance < 1e-3:
+        if chance < 1e-6:
             return None
         bic -= 2 * float(np.log(chance))
-    return _Fit(name=name, walk=walk, bic=bic, theta=theta, covariance=covariance)
+    return _Fit(name=name, rate=rate, walk=walk, bic=bic, theta=theta, covariance=covariance)
 
 
 def _draw(fit: _Fit, seen: Seen, x: Array, steps: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """Draw from the exact posterior: values at the points so far (S, n) and ahead (S, m)."""
     count, n = len(x), len(seen.x)
     theta = fit.theta + rng.standard_normal((count, len(fit.theta))) @ np.linalg.cholesky(fit.covariance).T
-    if fit.name != "level":  # the posterior of beta is cut at 0, the others follow it
+    if fit.name in LAWS:  # the posterior of beta is cut at 0, the others follow it
         sd = float(np.sqrt(fit.covariance[2, 2]))
         lowest = stats.norm.sf(fit.theta[2] / sd)
         beta = fit.theta[2] + sd * stats.norm.ppf(lowest + (1 - lowest) * rng.uniform(1e-9, 1, count))
         theta += (beta - theta[:, 2])[:, None] * (fit.covariance[2] / sd**2)
-    past = theta @ _basis(fit.name, seen.x).T
-    future = np.einsum("sp,smp->sm", theta, _basis(fit.name, x))
+    past = theta @ _basis(fit.name, seen.x, fit.rate).T
+    future = np.einsum("sp,smp->sm", theta, _basis(fit.name, x, fit.rate))
     if fit.walk == 0:
         return past, future
     around = _walk_covariance(seen, fit.walk)
@@ -245,7 +271,7 @@ class _Hinges:
         return cls(knots=knots, weights=weights, bic=deviance + free * float(np.log(len(seen.x))))
 
     def draw(self, seen: Seen, x: Array, rng: np.random.Generator) -> tuple[Array, Array]:
-        """Refit to simulated measurements (parametric bootstrap); ahead, bends go on coming as they came so far."""
+        """Refit to simulated measurements (parametric bootstrap); ahead, the slope is damped and bends on come."""
         root = np.linalg.cholesky(seen.covariance)
         whitened = np.linalg.solve(root, _columns(seen.x, self.knots))
         fitted = whitened @ self.weights
@@ -254,13 +280,15 @@ class _Hinges:
         weights = np.stack([optimize.nnls(whitened, fitted + error)[0] for error in errors])
         weights = weights[np.arange(len(x)) % refits]
         past = weights @ _columns(seen.x, self.knots).T
-        future = np.einsum("sp,smp->sm", weights, _columns(x, self.knots))
-        # What is to come: a gamma process of bends whose mean per length of x is what was seen, and one mean slope.
-        span = float(np.ptp(seen.x))
-        low, high = int(np.argmin(seen.x)), int(np.argmax(seen.x))
-        total = weights[:, 4:].sum(1) + np.abs(past[:, high] - past[:, low]) / span
-        edges = np.maximum(np.concatenate([np.full((len(x), 1), seen.x.max()), x], 1), seen.x.max())
-        edges = np.maximum.accumulate(edges, 1)
+        span, top = float(np.ptp(seen.x)), float(seen.x.max())
+        future = np.einsum("sp,smp->sm", weights, _columns(np.minimum(x, top), self.knots))
+        slope = weights[:, 2] - weights[:, 3] - weights[:, 4:].sum(1)
+        left = rng.uniform(DAMPING, 1, len(x))[:, None]
+        step = span / (len(seen.x) - 1)
+        future += slope[:, None] * step * left * (1 - left ** (np.maximum(x - top, 0) / step)) / (1 - left)
+        # Bends to come: none in half of the draws, else a gamma process with up to the mean of what was seen.
+        total = weights[:, 4:].sum(1) * np.maximum(rng.uniform(-1, 1, len(x)), 0) ** 2
+        edges = np.maximum.accumulate(np.maximum(np.concatenate([np.full((len(x), 1), top), x], 1), top), 1)
         bends = rng.gamma(BENDS * np.diff(edges, axis=1) / span) * (total / BENDS)[:, None]
         middles = (edges[:, 1:] + edges[:, :-1]) / 2
         return past, future - np.cumsum(bends, 1) * edges[:, 1:] + np.cumsum(bends * middles, 1)
@@ -272,18 +300,20 @@ def _columns(x: Array, knots: Array) -> Array:
     return np.concatenate([ones, -ones, x[..., None], -x[..., None], -bent], -1)
 
 
-def _surprised(last: Array, smooth: Array, steps: Array, pace: float, rng: np.random.Generator) -> Array:
+def _surprised(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.random.Generator) -> Array:
     """Replace a small share of paths (S, m) by what no curve so far announces, from the last value (S,).
 
-    A fall of half the swing at once and of twice the pace from then on, or a rise at the pace, each of them times
-    1 + |z| / 2 for a standard normal z. They are few, so that they cost little where nothing happens, and far, so that 95 % intervals contain
-    cliffs, kinks and second rises. The sizes were chosen on simulated runs outside the laws (benchmarks/forecast.py).
+    A fall of 3/4 of the swing at once, and on at twice the steepest change so far; or a rise at three times that change.
+    Each of them times 1 + |z| / 2 for a standard normal z, and away from the last measured value too. They are few, so
+    that they cost little where nothing happens, and far, so that 95 % intervals contain cliffs, kinks and second rises.
+    The sizes were chosen on simulated runs outside the laws (benchmarks/forecast.py).
     """
     order = rng.permutation(len(last))
     falling, rising = int(np.ceil(FALLS * len(last))), int(np.ceil(RISES * len(last)))
     size = 1 + np.abs(rng.standard_normal((len(last), 1))) / 2
+    low, high = (bound(last, seen.mean[-1])[:, None] for bound in (np.minimum, np.maximum))
     out = smooth.copy()
     down, up = order[:falling], order[falling : falling + rising]
-    out[down] = np.minimum(smooth[down], last[down, None] - size[down] * (0.5 + 2 * pace * steps))
-    out[up] = np.maximum(smooth[up], last[up, None] + size[up] * pace * steps)
+    out[down] = np.minimum(smooth[down], low[down] - size[down] * (0.75 + 2 * seen.steepest * steps))
+    out[up] = np.maximum(smooth[up], high[up] + size[up] * 3 * seen.steepest * steps)
     return out
