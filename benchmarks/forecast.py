@@ -148,7 +148,10 @@ def main() -> None:
     parser.add_argument("--share", type=float, nargs="+", default=SHARES, help="shares of d* that are seen")
     parser.add_argument("--family", nargs="+", help="names of families; default: all")
     options = parser.parse_args()
-    print("| family | SE | d* seen | runs | CRPS / persistence | its SE | coverage | without surprises | width | silent", end="")
+    print(
+        "| family | SE | d* seen | runs | CRPS / persistence | its SE | coverage | without surprises | width | silent",
+        end="",
+    )
     print(" | headroom: coverage | without surprises | interval, at least, at most, silent |\n" + "|---" * 13 + "|")
     for number, family in enumerate(families()):
         if options.family and family.name not in options.family:
@@ -160,7 +163,10 @@ def main() -> None:
                 columns = " | ".join(" ".join(f"{one:.2f}" for one in group) for group in groups)
                 kinds = " ".join(f"{one:.2f}" for one in cell.headroom_answers.values())
                 first = f"| {family.name} | {se:g} | {share:g} | {options.runs}"
-                print(f"{first} | {columns} | {cell.headroom_coverage:.2f} | {cell.headroom_smooth:.2f} | {kinds} |", flush=True)
+                print(
+                    f"{first} | {columns} | {cell.headroom_coverage:.2f} | {cell.headroom_smooth:.2f} | {kinds} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,9 @@ print(verdict.state, verdict.since_version, verdict.primary.minimum_detectable_d
 from trainers.mismatch.alarm import Alarm, Fall, Settings, State, Verdict, judge
 from trainers.mismatch.budget import Budget, Option, Wanted, evaluation_budget
 from trainers.mismatch.correlation import Correlation, between, correlate
+from trainers.mismatch.gap import length_share, length_share_of_prompts, proxy_gold_gap
+from trainers.mismatch.headroom import Forecast, Headroom, crps, crps_normal, forecast, headroom_within
+from trainers.mismatch.paths import Law, fit_law
 from trainers.mismatch.selection import Choice, Estimate, Rival, Selected, Shortlist, choose, report, rivals, shortlist
 from trainers.mismatch.series import Curve, Series, from_means, from_scores
 from trainers.mismatch.sources import from_records, from_table
@@ -21,6 +24,9 @@ __all__ = [
     "Curve",
     "Estimate",
     "Fall",
+    "Forecast",
+    "Headroom",
+    "Law",
     "Option",
     "Rival",
     "Selected",
@@ -33,13 +39,20 @@ __all__ = [
     "between",
     "choose",
     "correlate",
+    "crps",
+    "crps_normal",
     "evaluation_budget",
+    "fit_law",
+    "forecast",
     "from_means",
     "from_records",
     "from_scores",
     "from_table",
+    "headroom_within",
     "judge",
-    "report",
+    "length_share",
+    "length_share_of_prompts",
+    "proxy_gold_gap",    "report",
     "rivals",
     "shortlist",
 ]

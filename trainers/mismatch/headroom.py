@@ -1,8 +1,8 @@
 """What a run can still gain under this proxy and recipe, and where its evaluation goes next, as far as its curve tells.
 
 The estimands are values of the *true* curve; measured values scatter around it. Paths are drawn by
-`trainers.mismatch.paths`. Where the draws disagree by more than twice what the curve has moved so far, nothing or only one side is
-said: before its peak a curve tells little about what follows.
+`trainers.mismatch.paths`. Where the draws disagree by more than twice what the curve has moved so far, nothing or only
+one side is said: before its peak a curve tells little about what follows.
 """
 
 from collections.abc import Sequence
@@ -156,7 +156,10 @@ def forecast(
             values, smooth = np.sort(drawn.ahead[:, horizon - 1]), drawn.smooth[:, horizon - 1]
             low, high = _quantiles(smooth, CORE)
             if high - low > WIDE * seen.swing:
-                why, values = f"{CORE:.0%} of the draws span more than twice what the curve has moved so far", values[:0]
+                why, values = (
+                    f"{CORE:.0%} of the draws span more than twice what the curve has moved so far",
+                    values[:0],
+                )
         at = round(float(curve.versions[-1]) + gap * horizon) if len(curve.versions) else 0
         out.append(_forecast(curve, horizon, at, values, smooth, level, why))
     return tuple(out)
@@ -194,7 +197,9 @@ def _measured(series: Series) -> _Measured:
                 notes.append("negative KL estimates count as 0")
             distance = np.sqrt(np.maximum(at, 0))
             return _Measured(curve=curve.at(joint), distance=distance, axis="sqrt(KL)", notes=tuple(notes))
-        notes.append(f"KL not used: {len(joint)} evaluated versions have one, {paths.FEWEST} and one above 0 are needed")
+        notes.append(
+            f"KL not used: {len(joint)} evaluated versions have one, {paths.FEWEST} and one above 0 are needed"
+        )
     distance = (curve.versions - curve.versions[:1]).astype(np.float64)
     return _Measured(curve=curve, distance=distance, axis=axis, notes=tuple(notes))
 

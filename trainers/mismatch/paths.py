@@ -1,10 +1,11 @@
-"""Paths that the true evaluation may have taken and may take: two laws and three plainer curves, averaged.
+"""Paths that the true evaluation may have taken and may take: two laws and four plainer curves, averaged.
 
 Along x, the distance d = sqrt(KL) from the reference (or the version, where no KL is given), with c the value at d = 0:
 
     best-of-n    c + d (alpha - beta d)            Gao, Schulman & Hilton 2022, peak at alpha / (2 beta)
     rl           c + d (alpha - beta log d)        the same, peak at exp(alpha / beta - 1)
     saturating   c + a (1 - exp(-k d))
+    linear       c + a d
     concave      any concave curve
     level        no trend at all
 
@@ -32,10 +33,10 @@ LEVEL_FLOOR = 0.25  # of the draws: a trend so far need not go on
 WALKS = (0.0, 0.1, 0.3, 1.0)  # standard deviation of a walk's step, in units of the pace
 RATES = (2.0, 5.0, 12.0)  # k of a saturating curve, where the largest distance so far is 1
 PRIOR = {"base": 2.0, "slope": 2.0, "beta": 1.0}  # standard deviations, in swings over the distance so far
-KNOTS = 8  # where the concave curve may bend
+KNOTS = 6  # where the concave curve may bend
 REFITS = 30  # of the concave curve to simulated measurements
 BENDS = 3.0  # shape of the gamma process of bends to come, per length of x seen
-DAMPING = 0.6  # at least this part of a concave curve's last slope is left a step later
+DAMPING = 0.5  # at least this part of a concave curve's last slope is left a step later
 FALLS, RISES = 0.035, 0.035  # share of the draws in which a surprise comes at once
 
 
@@ -166,7 +167,7 @@ def draw_paths(seen: Seen, x: Array, steps: Array, seed: int) -> Paths:
 
 
 def _fits(seen: Seen) -> list[_Fit]:
-    kinds = [*((name, 0.0) for name in (*LAWS, "level")), *(("saturating", rate) for rate in RATES)]
+    kinds = [*((name, 0.0) for name in (*LAWS, "linear", "level")), *(("saturating", rate) for rate in RATES)]
     fits = [_fit(seen, name, rate, walk * seen.pace) for name, rate in kinds for walk in WALKS]
     return [fit for fit in fits if fit is not None]
 
@@ -189,6 +190,8 @@ def _basis(name: str, x: Array, rate: float = 0.0) -> Array:
     """Columns (..., p) of a model that is linear in its parameters, along x (...)."""
     if name == "level":
         return np.ones((*x.shape, 1))
+    if name == "linear":
+        return np.stack([np.ones_like(x), x], -1)
     if name == "saturating":
         return np.stack([np.ones_like(x), np.expm1(-rate * x) / np.expm1(-rate)], -1)
     bend = np.log(np.maximum(x, 1e-300)) if name == "rl" else x
@@ -261,7 +264,8 @@ class _Hinges:
 
     @classmethod
     def of(cls, seen: Seen) -> "_Hinges":
-        inner = np.unique(seen.x)[1:-2]
+        different = np.unique(seen.x)
+        inner = different[1 : -max(2, len(different) // 4)]
         knots = np.quantile(inner, np.linspace(0, 1, min(KNOTS, len(inner)))) if len(inner) else inner
         root = np.linalg.cholesky(seen.covariance)
         columns, white = np.linalg.solve(root, _columns(seen.x, knots)), np.linalg.solve(root, seen.mean)
@@ -303,10 +307,10 @@ def _columns(x: Array, knots: Array) -> Array:
 def _surprised(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.random.Generator) -> Array:
     """Replace a small share of paths (S, m) by what no curve so far announces, from the last value (S,).
 
-    A fall of 3/4 of the swing at once, and on at twice the steepest change so far; or a rise at three times that change.
-    Each of them times 1 + |z| / 2 for a standard normal z, and away from the last measured value too. They are few, so
-    that they cost little where nothing happens, and far, so that 95 % intervals contain cliffs, kinks and second rises.
-    The sizes were chosen on simulated runs outside the laws (benchmarks/forecast.py).
+    A fall of 3/4 of the swing at once, and on at the steepest change so far; or a rise at 2.5 times that change. Each
+    times 1 + |z| / 2 for a standard normal z, and away from the last measured value too. They are few, so that they
+    cost little where nothing happens, and far, so that 95 % intervals contain cliffs, kinks and second rises. The sizes
+    were chosen on simulated runs outside the laws (benchmarks/forecast.py).
     """
     order = rng.permutation(len(last))
     falling, rising = int(np.ceil(FALLS * len(last))), int(np.ceil(RISES * len(last)))
@@ -314,6 +318,6 @@ def _surprised(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.ran
     low, high = (bound(last, seen.mean[-1])[:, None] for bound in (np.minimum, np.maximum))
     out = smooth.copy()
     down, up = order[:falling], order[falling : falling + rising]
-    out[down] = np.minimum(smooth[down], low[down] - size[down] * (0.75 + 2 * seen.steepest * steps))
-    out[up] = np.maximum(smooth[up], high[up] + size[up] * 3 * seen.steepest * steps)
+    out[down] = np.minimum(smooth[down], low[down] - size[down] * (0.75 + seen.steepest * steps))
+    out[up] = np.maximum(smooth[up], high[up] + size[up] * 2.5 * seen.steepest * steps)
     return out

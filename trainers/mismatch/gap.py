@@ -1,0 +1,212 @@
+"""How far reward and evaluation are apart since the base, and what part of the reward's rise is length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from configs.errors import UserError
+from trainers.mismatch.series import Array, Curve, Series
+
+FEWEST = 5  # versions
+LEAST_RELIABILITY = 0.3  # share of what was seen that is not measurement error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One number without unit and its interval; None where nothing is said, see `not_enough`."""
+
+    name: str
+    estimand: str
+    value: float | None
+    low: float | None
+    high: float | None
+    level: float
+    n: int  # versions
+    not_enough: str | None
+
+
+def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 1_000, seed: int = 0) -> Estimate:
+    """Return how much of the primary evaluation was gained with the reward since the first version that has both.
+
+    The estimand: the least-squares slope, through the base, of the true gains of the evaluation on those of the reward,
+    each in units of the root mean square of its own gains: 1, the two gain in step; 0, what the reward gains brings
+    nothing; below 0, it costs. (Their uncentred correlation.) What the errors add to products and squares is taken
+    away; the interval spans the percentile and the basic one of a parametric bootstrap of the errors (Davison & Hinkley
+    1997, ch. 5).
+    """
+    reward, gold = series.reward, series.primary
+    joint = np.intersect1d(reward.versions, gold.versions)
+    n = len(joint)
+    name = f"gap of {reward.name} and {gold.name}"
+    estimand = (
+        f"slope through the base of the true gains of {gold.name} on those of {reward.name} since version "
+        f"{joint[0] if n else '-'}, each in units of its own root mean square"
+    )
+    if n < FEWEST:
+        return _nothing(name, estimand, level, n, f"not enough: {n} versions have both, {FEWEST} are needed")
+    exact = [curve.name for curve in (reward, gold) if curve.covariance is None]
+    estimand += f"; {' and '.join(exact)} taken as exact: no standard error" if exact else ""
+    since = np.concatenate([-np.ones((n - 1, 1)), np.eye(n - 1)], 1)
+    gains = [since @ curve.at(joint).mean for curve in (reward, gold)]
+    errors = [_errors(curve.at(joint), since) for curve in (reward, gold)]
+    for curve, gain, error in zip((reward, gold), gains, errors, strict=True):
+        size = float(gain @ gain)
+        if np.max(np.abs(gain)) <= 1e-12 * np.max(np.abs(curve.at(joint).mean)):
+            return _nothing(name, estimand, level, n, f"not enough: {curve.name} is constant")
+        if 1 - float(np.trace(error)) / size < LEAST_RELIABILITY:
+            share = min(float(np.trace(error)) / size, 1)
+            return _nothing(name, estimand, level, n, f"not enough: {share:.0%} of the gains of {curve.name} is error")
+    noise = [float(np.trace(error)) for error in errors]
+    rng = np.random.default_rng(seed)
+    drawn = [gain + rng.standard_normal((draws, n - 1)) @ _root(e).T for gain, e in zip(gains, errors, strict=True)]
+    value = float(_through_base(gains[0][None], gains[1][None], (noise[0], noise[1]))[0])
+    again = _through_base(drawn[0], drawn[1], (2 * noise[0], 2 * noise[1]))  # a draw has the errors twice
+    kept = again[np.isfinite(again)]
+    if len(kept) < 0.99 * draws:
+        return _nothing(name, estimand, level, n, "not enough: the gains are not clearly larger than their errors")
+    first, last = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
+    edges = value, first, last, 2 * value - first, 2 * value - last  # percentile and basic: one alone covers too little
+    low, high = (float(np.clip(edge, -1, 1)) for edge in (min(edges), max(edges)))
+    value = float(np.clip(value, -1, 1))
+    return Estimate(name=name, estimand=estimand, value=value, low=low, high=high, level=level, n=n, not_enough=None)
+
+
+def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Estimate:
+    """Return the part of the reward's rise that a curve of mean lengths explains.
+
+    The estimand: slope of the reward's changes on those of the length between consecutive versions, beyond the mean
+    change of each, times the rise of the length, over the rise of the reward. The common drift is left out since
+    whatever else rose would count as length; where little but drift is left, nothing is said: give per-prompt lengths
+    to `length_share_of_prompts`. The interval is Student's t of the slope, the two rises taken as they are.
+    """
+    reward = series.reward
+    joint = np.intersect1d(reward.versions, length.versions)
+    n = len(joint)
+    name = f"share of {length.name} in {reward.name}"
+    estimand = (
+        f"slope of the changes of {reward.name} on those of {length.name} between versions, beyond their mean, times "
+        f"the rise of {length.name} over the rise of {reward.name}"
+    )
+    if n < FEWEST + 1:
+        return _nothing(name, estimand, level, n, f"not enough: {n} versions have both, {FEWEST + 1} are needed")
+    steps = np.diff(np.eye(n), axis=0)
+    centred = steps - steps.mean(0)
+    moves, changes = centred @ length.at(joint).mean, centred @ reward.at(joint).mean
+    error = float(np.trace(_errors(length.at(joint), centred)))
+    size = float(moves @ moves)
+    drift = length.at(joint).mean[-1] - length.at(joint).mean[0]
+    rise = float(reward.at(joint).mean[-1] - reward.at(joint).mean[0])
+    se = _errors(reward.at(joint), np.eye(n)[-1:] - np.eye(n)[:1])
+    if not _clear(rise, float(np.sqrt(se[0, 0]))):
+        return _nothing(name, estimand, level, n, f"not enough: {reward.name} did not clearly rise")
+    if size <= 1e-18 * float(np.max(np.abs(length.mean))) ** 2 * n or 1 - error / size < 2 * LEAST_RELIABILITY:
+        return _nothing(
+            name, estimand, level, n, f"not enough: {length.name} moved too evenly to be told from the drift"
+        )
+    slope = float(moves @ changes) / (size - error)
+    spread = float(np.sqrt(np.sum((changes - slope * moves) ** 2) / (n - 3) / (size - error)))
+    half = float(stats.t.ppf((1 + level) / 2, n - 3)) * spread
+    edges = sorted(factor * drift / rise for factor in (slope - half, slope + half))
+    return Estimate(
+        name=name,
+        estimand=estimand,
+        value=slope * drift / rise,
+        low=float(edges[0]),
+        high=float(edges[1]),
+        level=level,
+        n=n,
+        not_enough=None,
+    )
+
+
+def length_share_of_prompts(
+    versions: Sequence[int],
+    rewards: Array,
+    lengths: Array,
+    *,
+    level: float = 0.95,
+    draws: int = 500,
+    seed: int = 0,
+) -> Estimate:
+    """Return the part of the reward's rise that length explains, from the same N prompts at n versions, both (n, N).
+
+    The estimand: the slope of the reward on the length of the same prompt, at the same version, times the rise of the
+    mean length over that of the mean reward. Means of prompts and versions are taken out before the slope (two-way
+    within estimator), so neither hard prompts nor whatever else rose with the versions counts as length. The interval
+    is a bootstrap over prompts. Raises UserError for shapes that differ or numbers that are not finite.
+    """
+    name, estimand = (
+        "share of length",
+        (
+            "slope of the reward on the length within prompt and version, times the rise of the mean length over the rise "
+            "of the mean reward, first to last version"
+        ),
+    )
+    n = len(versions)
+    if rewards.shape != lengths.shape or len(rewards) != n:
+        raise UserError(f"rewards {rewards.shape} and lengths {lengths.shape} must both be {n} versions by prompts")
+    if not np.all(np.isfinite(rewards)) or not np.all(np.isfinite(lengths)):
+        raise UserError("a reward or a length is not finite: leave that prompt out at every version")
+    prompts = rewards.shape[1]
+    if n < 2 or prompts < 10:
+        why = f"not enough: {n} versions and {prompts} prompts, 2 and 10 are needed"
+        return _nothing(name, estimand, level, n, why)
+    rng = np.random.default_rng(seed)
+    rows = np.concatenate([np.arange(prompts)[None], rng.integers(0, prompts, (draws, prompts))])
+    rise = (rewards[-1] - rewards[0])[rows].mean(1)
+    if not _clear(float(rise[0]), float(rise[1:].std())):
+        return _nothing(name, estimand, level, n, "not enough: the reward did not clearly rise")
+    shares = np.array([_share(rewards[:, row], lengths[:, row]) for row in rows])
+    if not np.all(np.isfinite(shares)):
+        return _nothing(name, estimand, level, n, "not enough: the lengths do not vary within prompts and versions")
+    low, high = np.quantile(shares[1:], [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(
+        name=name,
+        estimand=estimand,
+        value=float(shares[0]),
+        low=float(min(low, shares[0])),
+        high=float(max(high, shares[0])),
+        level=level,
+        n=n,
+        not_enough=None,
+    )
+
+
+def _share(rewards: Array, lengths: Array) -> float:
+    x, y = (z - z.mean(0) - z.mean(1, keepdims=True) + z.mean() for z in (lengths, rewards))
+    size = float(np.sum(x * x))
+    if size <= 1e-18 * float(np.sum(lengths * lengths)):
+        return float("nan")
+    change = float(lengths[-1].mean() - lengths[0].mean())
+    return float(np.sum(x * y)) / size * change / float(rewards[-1].mean() - rewards[0].mean())
+
+
+def _clear(rise: float, se: float) -> bool:
+    """Whether a denominator is far enough from 0: a ratio over less has no moments worth an interval."""
+    return rise > 0 and rise > 3 * se
+
+
+def _errors(curve: Curve, weights: Array) -> Array:
+    """Covariance (k, k) of the errors of weights (k, n) @ mean; 0 where it is not known."""
+    if curve.covariance is None:
+        return np.zeros((len(weights), len(weights)))
+    return np.asarray(weights @ curve.covariance @ weights.T)
+
+
+def _root(covariance: Array) -> Array:
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
+
+
+def _through_base(x: Array, y: Array, noise: tuple[float, float]) -> Array:
+    """Return sum x y / sqrt(sum x^2 sum y^2) (S,) of gains (S, n - 1), squares less their noise; NaN if negative."""
+    first, second = (x * x).sum(1) - noise[0], (y * y).sum(1) - noise[1]
+    good = (first > 0) & (second > 0)
+    root = np.sqrt(np.where(good, first, 1)) * np.sqrt(np.where(good, second, 1))
+    return np.asarray(np.where(good, (x * y).sum(1) / root, np.nan))
+
+
+def _nothing(name: str, estimand: str, level: float, n: int, why: str) -> Estimate:
+    return Estimate(name=name, estimand=estimand, value=None, low=None, high=None, level=level, n=n, not_enough=why)
