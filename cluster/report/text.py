@@ -1,0 +1,81 @@
+"""The report for a terminal."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from cluster.report.view import (
+    ARROWS,
+    View,
+    alarm_says,
+    coefficient,
+    explanation,
+    headline,
+    interval,
+    measured,
+    number,
+)
+from trainers.mismatch import Curve
+
+BARS = "▁▂▃▄▅▆▇█"
+WIDTH = 48  # points of a line
+
+
+def text(view: View) -> str:
+    """Return the report: what to know first, then the evidence."""
+    primary = view.series.primary.name
+    lines = [view.name, "", f"{ARROWS[view.verdict.state]}  {headline(view)}", f"    {explanation(view)}"]
+    chosen, room = view.chosen, view.headroom
+    take = "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
+    lines.append(f"    {take}" + (f": {primary} {interval(chosen.value)}" if chosen.value else ""))
+    lines += [f"      {said}" for said in (chosen.value.of if chosen.value else "", chosen.note) if said]
+    lines.append(f"    Headroom left: {interval(room) if room else 'not identified'}")
+    lines += [f"      {said}" for said in (room.of if room else "", view.no_headroom) if said]
+    lines.append("")
+    curves = [view.series.reward, *view.series.evaluations, *([view.series.kl] if view.series.kl else [])]
+    lines += aligned([(curve.name, sparkline(curve)) for curve in curves if len(curve.versions)], left=2)
+    alarms = [view.verdict.primary, *view.verdict.others]
+    lines += ["", *aligned([
+        ("evaluation", "margin", "detectable drop", "alarm"),
+        *((a.evaluation, _plain(a.margin), _plain(a.minimum_detectable_drop), alarm_says(a)) for a in alarms),
+    ])]  # fmt: skip
+    rows = [
+        (c.rule, "none" if c.version is None else str(c.version), interval(c.value) if c.value else c.note or "not known")
+        for c in (chosen, *view.rivals)
+    ]
+    lines += ["", *aligned([("rule", "version", primary), *rows])]
+    pairs = [(f"{one.x} with {one.y}", one.kind, str(one.n), coefficient(one)) for one in view.correlations]
+    lines += ["", *aligned([("correlation", "", "versions", "of the true values, 95 % interval"), *pairs])]
+    if view.warnings:
+        rows = [(one.curve.name, one.says, one.error_rate) for one in view.warnings]
+        lines += ["", *aligned([("early warning", "says", "how often it is wrong"), *rows], left=3)]
+    titles = ("measured", "versions", "points", "prompts", "standard error, median")
+    lines += ["", *aligned([titles, *measured(view)])]
+    lines += ["", *(f"note: {note}" for note in (*view.verdict.reasons, *view.notes))]
+    return "\n".join(lines).rstrip()
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Return rows as lines of equally wide columns, the first `left` and the last flush left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    out = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if place < left or place == len(row) - 1 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        out.append("  ".join(cells).rstrip())
+    return out
+
+
+def sparkline(curve: Curve) -> str:
+    """Return a curve as a row of bars from its lowest to its highest value, with its ends in numbers."""
+    blocks = np.array_split(curve.mean, min(WIDTH, len(curve.mean)))
+    means = np.array([block.mean() for block in blocks])
+    span = float(np.ptp(means)) or 1.0
+    bars = "".join(BARS[int((mean - means.min()) / span * (len(BARS) - 1) + 0.5)] for mean in means)
+    return f"{bars}  {curve.mean[0]:.4g} at version {curve.versions[0]}, {curve.mean[-1]:.4g} at {curve.versions[-1]}"
+
+
+def _plain(value: float | None) -> str:
+    return "not known" if value is None else number(value, value, sign=False)

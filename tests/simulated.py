@@ -1,0 +1,62 @@
+"""Runs whose truth is known, from the families of benchmarks/instrument.py, as reports and comparisons show them."""
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks.instrument import cells
+from cluster.report.view import Choice, Estimate, Sample, View, Warned
+from trainers.mismatch import Curve, Series, Settings, correlate, from_means, judge
+
+SE = 0.05
+
+
+def series(family: str, points: int = 10, seed: int = 0, every: int = 4) -> Series:
+    """Simulate one run: reward and KL at every version, two evaluations at every `every`-th."""
+    cell = next(cell for cell in cells(points) if cell.name == family)
+    rng = np.random.default_rng(seed)
+    evaluated = list(range(0, every * points, every))
+    time = np.arange(evaluated[-1] + 1)
+    gold = 0.6 + SE * (cell.truth + cell.errors(rng, points, 1)[:, 0])
+    words = 12 + np.arange(points) + rng.normal(0, 0.4, points)
+    reward = 2 + 1.5 * (1 - np.exp(-3 * time / time[-1])) + rng.normal(0, SE, len(time))
+    kl = 0.4 * (time / time[-1]) ** 1.6 + rng.normal(0, 0.002, len(time))
+    return Series(
+        reward=from_means("reward/mean", time.tolist(), reward.tolist(), [SE] * len(time)),
+        kl=from_means("kl/reference", time.tolist(), kl.tolist(), [0.002] * len(time)),
+        evaluations=(
+            from_means("helpdesk/gold", evaluated, gold.tolist(), [SE] * points),
+            from_means("helpdesk/clarity", evaluated, words.tolist(), [0.4] * points),
+        ),
+    )
+
+
+def view(family: str = "kink middle drop 6", points: int = 10, seed: int = 0, **fields: Any) -> View:
+    """Build the view of one simulated run; the smoothed best and its rivals are read off the measured means."""
+    of = series(family, points, seed)
+    gold = of.primary
+    assert gold.se is not None and of.kl is not None
+
+    def choice(rule: str, place: int) -> Choice:
+        mean, half, at = float(gold.mean[place]), 1.96 * float(gold.se[place]), int(gold.versions[place])  # type: ignore[index]
+        value = Estimate(value=mean, low=mean - half, high=mean + half, of=f"true mean of {gold.name} at version {at}")
+        return Choice(rule=rule, version=at, value=value)
+
+    best = 1 + int(np.argmax(np.convolve(gold.mean, np.ones(3) / 3, "valid")))
+    length = Curve(name="rollout/length_mean", versions=of.kl.versions, mean=20 + of.kl.mean, covariance=None)
+    defaults: dict[str, Any] = {
+        "name": f"simulated: {family}, seed {seed}",
+        "series": of,
+        "verdict": judge(of, Settings(runs=2_000)),
+        "correlations": correlate(of, draws=50),
+        "windows": correlate(of, window=6, draws=20),
+        "chosen": choice("chosen: best of the means over 3 versions", best),
+        "rivals": (choice("last", points - 1), choice("raw best", int(np.argmax(gold.mean)))),
+        "headroom": Estimate(value=None, low=0.0, high=0.08, of="gain within the KL seen"),
+        "warnings": (Warned(curve=length, says="20 at version 0, 20.4 at the last", error_rate="not measured"),),
+        "samples": (Sample(prompt="My router is broken.", completions={0: "Restart it.", 36: "Thank you! Thank you!"}),),
+        "params": {"run.seed": str(seed), "algorithm.kl.coefficient": "0.02"},
+        "evaluation_hash": "0123456789ab",
+        "seconds": 162.0,
+    }
+    return View(**{**defaults, **fields})
