@@ -9,7 +9,7 @@ import numpy as np
 from scipy import stats
 
 from cluster.report.figures import Picture, compared
-from cluster.report.html import document, element, table
+from cluster.report.html import document, element, table, unbroken
 from cluster.report.page import card, figures
 from cluster.report.text import aligned
 from cluster.report.view import ARROWS, Choice, Estimate, View, coefficient, duration, headline, interval
@@ -21,6 +21,7 @@ NO_RECIPE = ("run.seed", "run.name", "run.dir", "seed", "data_seed", "run_name",
 NO_RECIPE_SECTIONS = ("tracking.", "ray.")
 LABEL = 48  # characters of a recipe's label
 LEVEL = 0.95
+DIFFERENTLY = "EVALUATED DIFFERENTLY"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -32,6 +33,7 @@ class Compared:
     differs: Mapping[str, tuple[str, ...]]  # key -> value in each run
     correlations: tuple[Correlation, ...]
     marks: tuple[str, ...]  # why the runs are not comparable in every way
+    alike: bool  # evaluated alike, as far as that is known
 
 
 def compare(views: Sequence[View], group: str | None = None, *, across_evaluations: bool = False) -> Compared:
@@ -46,14 +48,28 @@ def compare(views: Sequence[View], group: str | None = None, *, across_evaluatio
     if len(primaries) > 1:
         named = ", ".join(f"{run} has {name}" for name, run in primaries.items())
         raise UserError(f"the primary evaluations differ: {named}; name one that all have with --eval")
+    views = _named_apart(views)
     marks = [*_evaluated_differently(views, allowed=across_evaluations), *_reward_marks(views)]
+    recipes = _recipes(views, group)
+    order = sorted(range(len(views)), key=lambda place: recipes[place].partition(":")[0])
+    views = [views[place] for place in order]
     return Compared(
         views=tuple(views),
-        recipes=_recipes(views, group),
+        recipes=tuple(recipes[place] for place in order),
         differs=_differences(views),
         correlations=() if _rewards_differ(views) else _across(views),
         marks=tuple(marks),
+        alike=not any(mark.startswith(DIFFERENTLY) for mark in marks),
     )
+
+
+def _named_apart(views: Sequence[View]) -> list[View]:
+    """Number runs that share a name, as seeds of one recipe do."""
+    names = [view.name for view in views]
+    return [
+        replace(view, name=f"{view.name} #{names[: place + 1].count(view.name)}") if names.count(view.name) > 1 else view
+        for place, view in enumerate(views)
+    ]
 
 
 def _evaluated_differently(views: Sequence[View], *, allowed: bool) -> Iterator[str]:
@@ -65,7 +81,7 @@ def _evaluated_differently(views: Sequence[View], *, allowed: bool) -> Iterator[
         said = "; ".join(f"{of} in {', '.join(names)}" for of, names in known.items())
         if not allowed:
             raise UserError(f"the runs were evaluated differently: hash {said}; --across-evaluations compares them anyway")
-        yield f"EVALUATED DIFFERENTLY, values of these runs do not compare: evaluation hash {said}"
+        yield f"{DIFFERENTLY}, values of these runs do not compare: evaluation hash {said}"
     if "" in by_hash:
         yield f"no evaluation hash is known of {', '.join(by_hash[''])}: nothing shows that they were evaluated alike"
 
@@ -149,7 +165,7 @@ def spread(values: Sequence[float]) -> Estimate | None:
     array = np.asarray(values)
     half = float(stats.t.isf((1 - LEVEL) / 2, len(array) - 1)) * float(array.std(ddof=1)) / math.sqrt(len(array))
     mean = float(array.mean())
-    return Estimate(value=mean, low=mean - half, high=mean + half, of=f"mean over {len(array)} seeds")
+    return Estimate(value=mean, low=mean - half, high=mean + half, of=f"mean over {len(array)} runs")
 
 
 def _runs(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -195,7 +211,7 @@ def _seeds(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
     return titles, rows
 
 
-SEEDS = "Recipes: mean over seeds with Student's 95 % interval of that mean, and the seeds' standard deviation."
+SEEDS = "Recipes: mean over their runs (seeds) with Student's 95 % interval of that mean, and the runs' standard deviation."
 DIFFERS = "What differs between the runs' parameters, seeds and names aside."
 ACROSS = (
     "Across these runs, one point a run: reward and primary evaluation at the last version that has both. The intervals hold "
@@ -259,21 +275,34 @@ def page(of: Compared, drawn: Sequence[Picture]) -> str:
 
 def _best(of: Compared) -> Element:
     """Build the cards seen first: where the primary evaluation is highest, and how many runs are in which state."""
-    valued = [(view.chosen.value.value, view) for view in of.views if view.chosen.value and view.chosen.value.value is not None]
-    name = of.views[0].series.primary.name
-    said = [element("div", "No run has a chosen version", class_="big")]
-    if valued:
-        _, best = max(valued, key=lambda one: one[0])
-        said = [
-            element("div", f"{best.name}, version {best.chosen.version}", class_="big"),
-            element("div", f"{name} {_value(best.chosen)}", class_="value"),
-            element("p", best.chosen.value.of if best.chosen.value else "", class_="soft"),
-            element("p", f"The highest of {len(valued)} runs: chosen among them, so a little too good.", class_="soft"),
-        ]
     states = [view.verdict.state for view in of.views]
     counts = [
-        element("div", element("span", ARROWS[state], aria_hidden="true"), f" {states.count(state)} {state or 'not enough'}",
-                class_="value")
+        element("div", f"{ARROWS[state]} {states.count(state)} {state or 'not enough'}", class_="value")
         for state in dict.fromkeys(states)
+    ]
+    return element("div", _highest(of), card("states", "States", *counts), class_="cards")
+
+
+def _highest(of: Compared) -> Element:
+    values = [
+        (view.chosen.value.value, place)
+        for place, view in enumerate(of.views)
+        if view.chosen.value and view.chosen.value.value is not None
+    ]
+    if not of.alike or not values:
+        why = "Evaluated differently: no run is best" if values else "No run has a chosen version"
+        return card("best", "Highest", element("div", why, class_="big"))
+    view = of.views[max(values)[1]]
+    seeds = [value for value, place in values if of.recipes[place] == of.recipes[max(values)[1]]]
+    mean = spread([value for value in seeds if value is not None])
+    more = [] if mean is None else [
+        element("p", unbroken(f"Its recipe, {mean.of}: {interval(mean)}, Student's 95 % interval of that mean."))
     ]  # fmt: skip
-    return element("div", card("best", "Highest", *said), card("states", "States", *counts), class_="cards")
+    return card(
+        "best", "Highest",
+        element("div", f"{view.name}, version {view.chosen.version}", class_="big"),
+        element("div", unbroken(f"{view.series.primary.name} {_value(view.chosen)}"), class_="value"),
+        element("p", view.chosen.value.of if view.chosen.value else "", class_="soft"),
+        element("p", f"It is the highest of {len(values)} runs, so its value is a little too good.", class_="soft"),
+        *more,
+    )  # fmt: skip

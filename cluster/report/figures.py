@@ -2,9 +2,11 @@
 
 import base64
 import io
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -16,6 +18,7 @@ from cluster.report.view import LEVEL_Z, View, band, coefficient, percent
 from trainers.mismatch import Curve
 from trainers.mismatch.series import Integers
 
+About = Literal["curves", "correlations", "warnings"]
 Look = tuple[str, str, str]  # colour, marker, line style
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
@@ -23,8 +26,9 @@ LOOKS: tuple[Look, ...] = (
     (VERMILLION, "o", "-"), (BLUE, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"), (SKY, "P", "--"),
 )  # fmt: skip
 INK, GREY = "#1b1f24", "#7a828c"  # in the dark the first one is turned over
-WIDTH = 4.8  # inches: on a phone of 390 px a letter of 9 points stays readable
+WIDTH = 4.2  # inches: on a phone of 390 px a letter of 9 points stays readable
 MOST = 4  # evaluations in one picture
+CROWD = 25  # points; with more of them not each one has a marker
 KNOT = 40  # points; a line through more of them, to and fro, hides what it joins
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "headroom", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
@@ -39,6 +43,7 @@ class Picture:
     """A figure in both forms, what it shows in words, and its caption."""
 
     name: str  # of the PNG, without its ending
+    about: About  # where on the page it belongs
     svg: str
     png: bytes
     alt: str
@@ -57,7 +62,7 @@ def pictures(view: View) -> list[Picture]:
         return [one for one in (*drawn, _windows(view), _warnings(view)) if one is not None]
 
 
-def finished(figure: Figure, name: str, alt: str, caption: str) -> Picture:
+def finished(figure: Figure, name: str, about: About, alt: str, caption: str) -> Picture:
     """Turn a figure into a Picture; the SVG's ink follows the reader's light or dark page."""
     svg, png = io.StringIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=160, facecolor="white")
@@ -65,7 +70,7 @@ def finished(figure: Figure, name: str, alt: str, caption: str) -> Picture:
     text = svg.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL).replace(INK, "var(--ink)")
     head = text.index(">") + 1
-    return Picture(name=name, svg=text[:head] + DARK + text[head:], png=png.getvalue(), alt=alt, caption=caption)
+    return Picture(name=name, about=about, svg=text[:head] + DARK + text[head:], png=png.getvalue(), alt=alt, caption=caption)
 
 
 def canvas(rows: int, height: float, columns: int = 1, **shared: str | bool) -> tuple[Figure, list[Axes]]:
@@ -78,7 +83,7 @@ def canvas(rows: int, height: float, columns: int = 1, **shared: str | bool) -> 
 def draw(axes: Axes, curve: Curve, look: Look, label: str | None = None) -> None:
     """Draw a curve with its band over its versions."""
     colour, marker, line = look
-    every = max(1, len(curve.versions) // 25)
+    every = 1 if len(curve.versions) <= CROWD else len(curve.versions) // 8
     axes.plot(
         curve.versions, curve.mean, line, color=colour, marker=marker, markersize=4, markevery=every, label=label
     )
@@ -126,7 +131,7 @@ def _by_version(view: View) -> Picture:
     more = f" {left_out} further evaluations are in the tables." if left_out > 0 else ""
     alt = "Reward and evaluations against the policy version. " + " ".join(_trend(curve) for _, curve, _ in panels)
     caption = "Against the policy version. Bands: 95 % interval of each mean, from its standard error." + more
-    return finished(figure, "curves", alt + " " + "; ".join(label for _, _, label in marks), caption)
+    return finished(figure, "curves", "curves", alt + " " + "; ".join(label for _, _, label in marks), caption)
 
 
 def _trend(curve: Curve) -> str:
@@ -158,7 +163,7 @@ def _by_distance(view: View) -> Picture | None:
         f"Against the distance √{kl.name}, at versions that have both. Bars: 95 % interval of each mean; the error of "
         f"{kl.name} is not drawn."
     )
-    return finished(figure, "distance", alt, caption)
+    return finished(figure, "distance", "curves", alt, caption)
 
 
 def _scatter(view: View, evaluation: Curve) -> Picture | None:
@@ -189,7 +194,7 @@ def _scatter(view: View, evaluation: Curve) -> Picture | None:
     alt = f"{evaluation.name} against {' and '.join(curve.name for curve in across)}, one point a version. {' '.join(said)}"
     caption = f"{evaluation.name}: one point a version (square: first, triangle: last). Bars: 95 % interval of each mean."
     place = [curve.name for curve in view.series.evaluations].index(evaluation.name)
-    return finished(figure, f"scatter-{place}", alt, caption)
+    return finished(figure, f"scatter-{place}", "correlations", alt, caption)
 
 
 def _windows(view: View) -> Picture | None:
@@ -212,15 +217,16 @@ def _windows(view: View) -> Picture | None:
     n = shown[0].n
     alt = f"Spearman correlation of reward and KL with {name} in a moving window of {n} versions."
     caption = f"In a moving window of {n} versions. Bands: {percent(shown[0].level)} interval of the true values' correlation there."
-    return finished(figure, "windows", alt, caption)
+    return finished(figure, "windows", "correlations", alt, caption)
 
 
 def _warnings(view: View) -> Picture | None:
     drawn = [one.curve for one in view.warnings if len(one.curve.versions) > 1]
     if not drawn:
         return None
-    rows = (len(drawn) + 1) // 2
-    figure, axes = canvas(rows, 0.4 + 1.4 * rows, 2)
+    columns = min(2, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    figure, axes = canvas(rows, 0.4 + 1.4 * rows, columns)
     for ax, curve in zip(axes, drawn, strict=False):
         draw(ax, curve, (BLUE, "", "-"))
         ax.set_title(curve.name, fontsize=8)
@@ -228,7 +234,7 @@ def _warnings(view: View) -> Picture | None:
         ax.set_visible(False)
     figure.supxlabel("policy version", fontsize=9)
     alt = "What needs no evaluation, against the policy version. " + " ".join(map(_trend, drawn))
-    return finished(figure, "early-warnings", alt, "Early warnings against the policy version.")
+    return finished(figure, "early-warnings", "warnings", alt, "Early warnings against the policy version.")
 
 
 def compared(series: Sequence[tuple[str, str, Curve]], title: str, name: str) -> Picture:
@@ -246,4 +252,4 @@ def compared(series: Sequence[tuple[str, str, Curve]], title: str, name: str) ->
         figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8)
         alt = f"{title} of {len(series)} runs. " + " ".join(f"{run}: {_trend(curve)}" for run, _, curve in series)
         bands = "Bands: 95 % interval of each mean within its run. Colour, marker and line style: the recipe."
-        return finished(figure, name, alt, f"{title}. {bands}")
+        return finished(figure, name, "curves", alt, f"{title}. {bands}")

@@ -1,5 +1,6 @@
 """HTML by the standard library's element tree, which escapes every text and attribute."""
 
+import re
 from collections.abc import Iterable, Sequence
 from xml.etree import ElementTree as ET
 
@@ -73,6 +74,11 @@ def _printable(text: str) -> str:
     return "".join(kept)
 
 
+def unbroken(text: str) -> str:
+    """Keep each interval on one line."""
+    return re.sub(r"(\[\S+,) (\S+\])", "\\1\u00a0\\2", text)
+
+
 def table(caption: str, titles: Sequence[str], rows: Iterable[Sequence[str]], *, chosen: int | None = None) -> ET.Element:
     """Build a table with a caption and headers of columns and rows; row `chosen` stands out.
 
@@ -83,7 +89,7 @@ def table(caption: str, titles: Sequence[str], rows: Iterable[Sequence[str]], *,
     for place, (first, *rest) in enumerate(rows):
         cells = [element("th", first, scope="row", role="rowheader")]
         named = zip(titles[1:], rest, strict=True)
-        cells += [element("td", cell, role="cell", data_title=title) for title, cell in named]
+        cells += [element("td", unbroken(cell), role="cell", data_title=title) for title, cell in named]
         body.append(element("tr", cells, role="row", class_="chosen" if place == chosen else "row"))
     parts = [element("thead", head, role="rowgroup"), element("tbody", body, role="rowgroup")]
     whole = element("table", element("caption", caption), parts, role="table")

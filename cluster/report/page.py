@@ -1,14 +1,13 @@
 """The report as one HTML file: what to know first, then the evidence."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from xml.etree.ElementTree import Element
 
 from cluster.report.figures import Picture
-from cluster.report.html import document, element, table
+from cluster.report.html import document, element, table, unbroken
 from cluster.report.view import (
     ARROWS,
     Choice,
-    Estimate,
     View,
     alarm_says,
     coefficient,
@@ -31,14 +30,15 @@ def page(view: View, pictures: Sequence[Picture]) -> str:
         element("h1", f"Headroom report: {view.name}"),
         summary(view),
         element("h2", "Reward and evaluations"),
-        figures(pictures),
+        figures(one for one in pictures if one.about == "curves"),
         element("h2", "The alarm"),
         _alarms(view),
         element("h2", "Which checkpoint"),
         _choices(view),
         element("h2", "Correlations"),
+        figures(one for one in pictures if one.about == "correlations"),
         _correlations(view),
-        *_warnings(view),
+        *_warnings(view, [one for one in pictures if one.about == "warnings"]),
         *_samples(view),
         element("h2", "What was measured"),
         *_measured(view),
@@ -62,12 +62,12 @@ def summary(view: View) -> Element:
     chosen, name = view.chosen, view.series.primary.name
     take = "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
     said = [] if chosen.value is None else [
-        element("div", f"{name} {_unbroken(chosen.value)}", class_="value"), element("p", chosen.value.of, class_="soft")
+        element("div", f"{name} {unbroken(interval(chosen.value))}", class_="value"), element("p", chosen.value.of, class_="soft")
     ]  # fmt: skip
     note = [element("p", chosen.note)] if chosen.note else []
     cards.append(card("checkpoint", "Checkpoint", element("div", take, class_="big"), *said, *note))
     room = view.headroom
-    left = _unbroken(room) if room else "Not identified"
+    left = unbroken(interval(room)) if room else "Not identified"
     why = [element("p", view.no_headroom)] if view.no_headroom else []
     of = [element("p", room.of, class_="soft")] if room else []
     cards.append(card("headroom", "Headroom left", element("div", left, class_="big"), *of, *why))
@@ -79,11 +79,7 @@ def card(name: str, label: str, *body: Element) -> Element:
     return element("section", element("div", label, class_="label"), *body, class_="card", id=name)
 
 
-def _unbroken(estimate: Estimate) -> str:
-    return interval(estimate).replace(", ", ",\u00a0")
-
-
-def figures(pictures: Sequence[Picture]) -> Element:
+def figures(pictures: Iterable[Picture]) -> Element:
     """Build the figures, each with its words for who cannot see it."""
     shown = (
         element("figure", element("img", src=one.source, alt=one.alt), element("figcaption", one.caption))
@@ -140,10 +136,11 @@ def _correlations(view: View) -> Element:
     return table(caption, ("pair", "versions", "Pearson", "Spearman", "Kendall"), rows)
 
 
-def _warnings(view: View) -> Iterator[Element]:
+def _warnings(view: View, pictures: Sequence[Picture]) -> Iterator[Element]:
     if not view.warnings:
         return
     yield element("h2", "Early warnings")
+    yield figures(pictures)
     rows = [(one.curve.name, one.says, one.error_rate) for one in view.warnings]
     yield table("They need no evaluation and are no alarm.", ("quantity", "says", "how often it is wrong"), rows)
 
@@ -170,7 +167,7 @@ def _cut(text: str) -> str:
 def _measured(view: View) -> Iterator[Element]:
     titles = ("quantity", "versions", "points", "prompts", "standard error, median")
     yield table("What the numbers above come from.", titles, measured(view))
-    if notes := [*view.verdict.reasons, *view.notes]:
+    if notes := list(dict.fromkeys([*view.verdict.reasons, *view.notes])):
         yield element("ul", (element("li", note) for note in notes))
     yield element("p", f"Evaluation hash: {view.evaluation_hash or 'not known'}", class_="soft")
 

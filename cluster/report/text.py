@@ -51,7 +51,7 @@ def text(view: View) -> str:
         lines += ["", *aligned([("early warning", "says", "how often it is wrong"), *rows], left=3)]
     titles = ("measured", "versions", "points", "prompts", "standard error, median")
     lines += ["", *aligned([titles, *measured(view)])]
-    lines += ["", *(f"note: {note}" for note in (*view.verdict.reasons, *view.notes))]
+    lines += ["", *(f"note: {note}" for note in dict.fromkeys([*view.verdict.reasons, *view.notes]))]
     return "\n".join(lines).rstrip()
 
 
