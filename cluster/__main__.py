@@ -82,10 +82,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     watch.add_argument("--once", action="store_true", help="print what there is now, and end")
     watch.add_argument("--json", action="store_true", help="print the JSON object of docs/watch.md, one a line")
     watch.add_argument("--every", metavar="SECONDS", type=float, default=10.0, help="between looks; default: 10")
+    report = _reader(commands, "report", _report, "one run as a page, pictures and text", "runs/NAME --text")
+    report.add_argument("--output", metavar="DIR", help="for the page and its PNGs; default: report-NAME")
+    report.add_argument("--text", action="store_true", help="print the report; write files only with --output")
+    report.add_argument("--until", metavar="VERSION", type=int, help="how far headroom looks; default: the run's plan")
+    report.add_argument("--kl-budget", metavar="NATS", type=float, help="headroom looks as far as this KL instead")
+    compare = _reader(commands, "compare", _compare, "runs side by side", "a.csv b.csv --output DIR", nargs="*")
+    compare.add_argument("--experiment", metavar="NAME", help="all runs of this experiment in MLflow")
+    compare.add_argument("--group", metavar="KEY", help="what makes a recipe: reward, algorithm, algorithm.kl, …")
+    compare.add_argument("--across-evaluations", action="store_true", help="even if they were evaluated differently")
+    compare.add_argument("--output", metavar="DIR", help="write a page and its PNGs too")
     # Options may stand between the overrides, which nargs="*" alone does not allow.
     args, rest = parser.parse_known_args(argv)
     if wrong := [word for word in rest if word.startswith("-")]:
         raise UserError(f"unknown option {wrong[0]}; {suggest(wrong[0], _options(commands))}")
+    if args.command is _compare:
+        args.source, rest = [*args.source, *rest], []
     if rest and "config" not in args and args.command is not _demo:
         raise UserError(f"unexpected {rest[0]!r}; see headroom --help")
     args.overrides += rest
@@ -102,12 +114,15 @@ def _reader(
     command: Callable[[argparse.Namespace], None],
     summary: str,
     example: str,
+    nargs: str | None = None,
 ) -> argparse.ArgumentParser:
     """Add a command that reads runs, whoever trained them."""
     parser = commands.add_parser(
         name, help=summary, description=summary, epilog=f"example: headroom {name} {example}", allow_abbrev=False
     )
-    parser.add_argument("source", metavar="SOURCE", help="a .csv or .jsonl, a run directory, or mlflow:RUN")
+    parser.add_argument(
+        "source", metavar="SOURCE", nargs=nargs, help="a .csv or .jsonl, a run directory, or mlflow:RUN"
+    )
     parser.add_argument("--reward", metavar="COL", help="the proxy reward's column; default: reward/mean or reward")
     parser.add_argument(
         "--eval", metavar="COL", action="append", help="an evaluation; repeat it, the primary one first"
@@ -223,6 +238,45 @@ def _watch(args: argparse.Namespace) -> None:
         every_s=args.every,
     )
     watch.once(asked) if args.once else watch.follow(asked)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from cluster import report
+    from cluster.report.build import Budget, build
+    from cluster.report.figures import pictures
+    from cluster.report.page import page
+    from cluster.report.text import head, text
+    from trainers.measured import Columns
+    from trainers.mismatch import Settings
+    from trainers.sources import read
+
+    columns = Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version)
+    settings = Settings(margin=args.margin, planned=args.planned)
+    run = read(args.source, columns, args.tracking_uri)
+    view = build(run, settings, Budget(version=args.until, kl=args.kl_budget))
+    print(text(view) if args.text else "\n".join([view.name, *head(view)]))
+    if args.output or not args.text:
+        drawn = pictures(view)
+        print(report.write(Path(args.output or report.folder_of(view.name)), page(view, drawn), drawn))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from cluster import compare, report
+    from cluster.report.build import build
+    from trainers.measured import Columns
+    from trainers.mismatch import Settings
+    from trainers.sources import read_all
+
+    columns = Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version)
+    settings = Settings(margin=args.margin, planned=args.planned)
+    sources = [*args.source, *([] if args.experiment is None else [f"mlflow:{args.experiment}"])]
+    runs = [run for source in sources for run in read_all(source, columns, args.tracking_uri)]
+    compare.check(runs, across_evaluations=args.across_evaluations)  # before anything is computed
+    of = compare.compare([build(run, settings) for run in runs], args.group, across_evaluations=args.across_evaluations)
+    print(compare.text(of))
+    if args.output:
+        drawn = compare.pictures(of)
+        print(report.write(Path(args.output), compare.page(of, drawn), drawn, "comparison"))
 
 
 if __name__ == "__main__":

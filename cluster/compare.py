@@ -14,6 +14,7 @@ from cluster.report.page import card, figures
 from cluster.report.text import aligned
 from cluster.report.view import ARROWS, Choice, Estimate, View, coefficient, duration, headline, interval
 from configs.errors import UserError
+from trainers.measured import MeasuredRun
 from trainers.mismatch import Correlation, Curve, between
 
 # What differs between the seeds of one recipe, by the names of Headroom and of transformers' trainers.
@@ -37,19 +38,12 @@ class Compared:
 
 
 def compare(views: Sequence[View], group: str | None = None, *, across_evaluations: bool = False) -> Compared:
-    """Put runs side by side; runs whose parameters under `group` (None: all, but seeds and names) are equal go together.
+    """Put runs side by side; those whose parameters under `group` (None: all, but seeds and names) are equal go together.
 
-    Raises UserError for fewer than two runs, for runs that were evaluated differently unless `across_evaluations`,
-    whose primary evaluations differ in name, or if no run has a parameter under `group`.
+    Raises UserError as `check` does, or if no run has a parameter under `group`.
     """
-    if len(views) < 2:
-        raise UserError(f"compare needs two runs or more, {len(views)} was given")
-    primaries = {view.series.primary.name: view.name for view in reversed(views)}
-    if len(primaries) > 1:
-        named = ", ".join(f"{run} has {name}" for name, run in primaries.items())
-        raise UserError(f"the primary evaluations differ: {named}; name one that all have with --eval")
     views = _named_apart(views)
-    marks = [*_evaluated_differently(views, allowed=across_evaluations), *_reward_marks(views)]
+    marks = [*check(views, across_evaluations=across_evaluations), *_reward_marks(views)]
     recipes = _recipes(views, group)
     order = sorted(range(len(views)), key=lambda place: recipes[place].partition(":")[0])
     views = [views[place] for place in order]
@@ -67,20 +61,39 @@ def _named_apart(views: Sequence[View]) -> list[View]:
     """Number runs that share a name, as seeds of one recipe do."""
     names = [view.name for view in views]
     return [
-        replace(view, name=f"{view.name} #{names[: place + 1].count(view.name)}") if names.count(view.name) > 1 else view
+        replace(view, name=f"{view.name} #{names[: place + 1].count(view.name)}")
+        if names.count(view.name) > 1
+        else view
         for place, view in enumerate(views)
     ]
 
 
-def _evaluated_differently(views: Sequence[View], *, allowed: bool) -> Iterator[str]:
+def check(runs: Sequence[View | MeasuredRun], *, across_evaluations: bool = False) -> list[str]:
+    """Return what is to be said of the runs' evaluations before they are compared.
+
+    Raises UserError for fewer than two runs, for runs that were evaluated differently unless `across_evaluations`, or
+    whose primary evaluations differ in name.
+    """
+    if len(runs) < 2:
+        raise UserError(f"compare needs two runs or more: there {'is 1' if runs else 'are none'}")
+    primaries = {run.series.primary.name: run.name for run in reversed(runs)}
+    if len(primaries) > 1:
+        named = ", ".join(f"{run} has {name}" for name, run in primaries.items())
+        raise UserError(f"the primary evaluations differ: {named}; name one that all have with --eval")
+    return list(_evaluated_differently(runs, allowed=across_evaluations))
+
+
+def _evaluated_differently(runs: Sequence[View | MeasuredRun], *, allowed: bool) -> Iterator[str]:
     by_hash: dict[str, list[str]] = {}
-    for view in views:
-        by_hash.setdefault(view.evaluation_hash or "", []).append(view.name)
+    for run in runs:
+        by_hash.setdefault(run.evaluation_hash or "", []).append(run.name)
     known = {of: names for of, names in by_hash.items() if of}
     if len(known) > 1:
         said = "; ".join(f"{of} in {', '.join(names)}" for of, names in known.items())
         if not allowed:
-            raise UserError(f"the runs were evaluated differently: hash {said}; --across-evaluations compares them anyway")
+            raise UserError(
+                f"the runs were evaluated differently: hash {said}; --across-evaluations compares them anyway"
+            )
         yield f"{DIFFERENTLY}, values of these runs do not compare: evaluation hash {said}"
     if "" in by_hash:
         yield f"no evaluation hash is known of {', '.join(by_hash[''])}: nothing shows that they were evaluated alike"
@@ -170,7 +183,17 @@ def spread(values: Sequence[float]) -> Estimate | None:
 
 def _runs(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
     name = of.views[0].series.primary.name
-    titles = ("run", "recipe", "state", "take version", f"{name} there", "last version", "headroom left", "evaluation", "time")
+    titles = (
+        "run",
+        "recipe",
+        "state",
+        "take version",
+        f"{name} there",
+        "last version",
+        "headroom left",
+        "evaluation",
+        "time",
+    )
     rows = [
         (
             view.name, recipe, f"{ARROWS[view.verdict.state]} {headline(view)}",
@@ -207,15 +230,19 @@ def _seeds(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
         seconds = [view.seconds for view in views if view.seconds is not None]
         counted = (f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         time = duration(float(np.mean(seconds)) if seconds else None)
-        rows.append((recipe, str(len(views)), ", ".join(counted), ", ".join(map(str, versions)) or "none", *cells, time))
+        rows.append(
+            (recipe, str(len(views)), ", ".join(counted), ", ".join(map(str, versions)) or "none", *cells, time)
+        )
     return titles, rows
 
 
-SEEDS = "Recipes: mean over their runs (seeds) with Student's 95 % interval of that mean, and the runs' standard deviation."
+SEEDS = (
+    "Recipes: mean over their runs (seeds) with Student's 95 % interval of that mean, and the runs' standard deviation."
+)
 DIFFERS = "What differs between the runs' parameters, seeds and names aside."
 ACROSS = (
-    "Across these runs, one point a run: reward and primary evaluation at the last version that has both. The intervals hold "
-    "the measurement errors of these runs; they say nothing about other recipes."
+    "Across these runs, one point a run: reward and primary evaluation at the last version that has both. The intervals "
+    "hold the measurement errors of these runs; they say nothing about other recipes."
 )
 
 
@@ -251,7 +278,11 @@ def pictures(of: Compared) -> list[Picture]:
     runs = list(zip(of.views, of.recipes, strict=True))
     name = of.views[0].series.primary.name
     return [
-        compared([(view.name, recipe, view.series.reward) for view, recipe in runs], of.views[0].series.reward.name, "rewards"),
+        compared(
+            [(view.name, recipe, view.series.reward) for view, recipe in runs],
+            of.views[0].series.reward.name,
+            "rewards",
+        ),
         compared([(view.name, recipe, view.series.primary) for view, recipe in runs], name, "evaluations"),
     ]
 

@@ -54,7 +54,9 @@ def view(family: str = "kink middle drop 6", points: int = 10, seed: int = 0, **
         "rivals": (choice("last", points - 1), choice("raw best", int(np.argmax(gold.mean)))),
         "headroom": Estimate(value=None, low=0.0, high=0.08, of="gain within the KL seen"),
         "warnings": (Warned(curve=length, says="20 at version 0, 20.4 at the last", error_rate="not measured"),),
-        "samples": (Sample(prompt="My router is broken.", completions={0: "Restart it.", 36: "Thank you! Thank you!"}),),
+        "samples": (
+            Sample(prompt="My router is broken.", completions={0: "Restart it.", 36: "Thank you! Thank you!"}),
+        ),
         "params": {"run.seed": str(seed), "algorithm.kl.coefficient": "0.02"},
         "evaluation_hash": "0123456789ab",
         "seconds": 162.0,

@@ -1,18 +1,22 @@
 """Runs side by side: what differs, which are seeds of one recipe, and what may not be compared."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from cluster.__main__ import main
 from cluster.compare import Compared, compare, page, pictures, spread, text
 from cluster.report.view import Choice, View, interval
 from configs.errors import UserError
+from tests import test_watch
 from tests.simulated import view
 from tests.test_report import EVIL, Parsed
 from trainers.mismatch import Series, from_means
 
+store = test_watch.store
 NOTHING = Choice(rule="chosen", version=None, value=None, note="not enough")
 PARTED, PLATEAU = view("kink middle drop 6"), view("null plateau")
 
@@ -61,12 +65,18 @@ def test_tables_without_parameters_are_no_seeds_of_each_other() -> None:
 
 
 def test_runs_of_one_name_are_told_apart() -> None:
-    assert [one.name for one in compare([run("demo", {}), run("demo", {}), run("x", {})]).views] == ["demo #1", "demo #2", "x"]
+    assert [one.name for one in compare([run("demo", {}), run("demo", {}), run("x", {})]).views] == [
+        "demo #1",
+        "demo #2",
+        "x",
+    ]
 
 
 def test_runs_that_were_evaluated_differently_are_refused_or_marked() -> None:
     runs = [run("a", {}), run("b", {}, evaluation_hash="ffff")]
-    with pytest.raises(UserError, match="evaluated differently: hash 0123456789ab in a; ffff in b; --across-evaluations"):
+    with pytest.raises(
+        UserError, match="evaluated differently: hash 0123456789ab in a; ffff in b; --across-evaluations"
+    ):
         compare(runs)
     marked = compare(runs, across_evaluations=True)
     shown = Parsed(page(marked, []))
@@ -83,7 +93,7 @@ def test_an_evaluation_hash_that_is_not_known_is_said() -> None:
 def test_what_cannot_be_compared_is_one_line() -> None:
     reward = from_means("reward", [0, 1], [0.0, 1.0], None)
     other = Series(reward=reward, evaluations=(from_means("other", [0, 1], [0.0, 1.0], None),))
-    with pytest.raises(UserError, match="needs two runs or more, 1 was given"):
+    with pytest.raises(UserError, match="needs two runs or more: there is 1"):
         compare([run("a", {})])
     with pytest.raises(UserError, match="primary evaluations differ: .*a has helpdesk/gold.*--eval"):
         compare([run("a", {}), run("b", {}, series=other)])
@@ -99,7 +109,9 @@ def test_correlation_across_runs_equals_scipy_where_there_is_no_error() -> None:
     reward, gold = rng.normal(size=(2, 7))
 
     def series(n: int) -> Series:
-        last = [from_means(name, [0, 5], [0.0, float(values[n])], None) for name, values in (("r", reward), ("g", gold))]
+        last = [
+            from_means(name, [0, 5], [0.0, float(values[n])], None) for name, values in (("r", reward), ("g", gold))
+        ]
         return Series(reward=last[0], evaluations=(last[1],))
 
     found = compare([run(f"r{n}", {"run.seed": str(n)}, series=series(n)) for n in range(7)]).correlations
@@ -133,3 +145,37 @@ def test_names_and_parameters_stay_text() -> None:
     runs = [run(EVIL, {EVIL: EVIL}), run("b", {EVIL: "b"}, chosen=NOTHING)]
     shown = Parsed(page(compare(runs), []))
     assert not shown.all("script") and EVIL in shown.text
+
+
+def test_two_tables_are_compared_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.csv").write_text(test_watch.csv())
+    assert main(["compare", "a.csv", "--output", "out", "b.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "no evaluation hash is known of a, b" in printed and printed.endswith("out/comparison.html\n")
+    assert {path.name for path in Path("out").iterdir()} == {"comparison.html", "rewards.png", "evaluations.png"}
+    test_watch.refused(["compare", "a.csv"], ["two runs or more"], capsys)
+    test_watch.refused(["compare"], ["two runs or more", "none"], capsys)
+    test_watch.refused(["compare", "a.csv", "c.csv"], ["c.csv", "no such file"], capsys)
+    test_watch.refused(["compare", "a.csv", "b.csv", "--group", "reward", "--output", "no"], ["--group reward"], capsys)
+    assert not Path("no").exists()
+
+
+@pytest.mark.slow
+def test_reports_and_comparisons_of_runs_in_mlflow(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(store)
+    assert main(["report", "mlflow:mine"]) == 0
+    assert "Broken since version" in capsys.readouterr().out
+    shown = Parsed(Path("report-mine/report.html").read_text(encoding="utf-8"))
+    for words in ("answer 0", "answer 90", "policy/entropy", "run.steps", "200", "task/gold"):
+        assert words in shown.text, words
+    assert main(["report", "mlflow:grpo", "--eval", test_watch.TRL_EVAL, "--text"]) == 0
+    assert "Parted since version" in capsys.readouterr().out and not Path("report-grpo").exists()
+    assert main(["compare", "--experiment", "trl", "--eval", test_watch.TRL_EVAL]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("again #1", "again #2", "grpo", "3 parted"))

@@ -15,12 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster import report
+from cluster.__main__ import main
 from cluster.report.figures import Picture, pictures
 from cluster.report.html import STYLE
 from cluster.report.page import page
 from cluster.report.text import text
 from cluster.report.view import Choice, Estimate, Sample, View, interval, number
 from tests.simulated import view
+from tests.test_watch import csv, refused
 from trainers.mismatch import Series, Settings, from_means, judge
 
 VOID = {"meta", "img", "br"}
@@ -203,6 +205,40 @@ def test_files_are_written_whole(shown: tuple[View, list[Picture]], source: str,
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in made.parent.glob("*.png"))
 
 
+def test_a_table_is_reported_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("my run.csv").write_text(csv())
+    assert main(["report", "my run.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "Parted since version" in printed and "Take version" in printed
+    assert printed.endswith("report-my-run/report.html\n")
+    parsed = Parsed(Path("report-my-run/report.html").read_text(encoding="utf-8"))
+    assert (
+        "Take version" in parsed.by_id["checkpoint"]
+        and "interval of the true mean of gold" in parsed.by_id["checkpoint"]
+    )
+    assert "highest reward" in parsed.text and "up to version 135" in parsed.by_id["headroom"]
+    assert main(["report", "my run.csv", "--text", "--until", "200"]) == 0
+    assert "up to version 200" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_line_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run.csv").write_text(csv())
+    Path("file").touch()
+    refused(["report", "nowhere.csv"], ["nowhere.csv", "no such file or run directory"], capsys)
+    refused(["report", "run.csv", "--eval", "golb"], ["--eval", "golb", "gold"], capsys)
+    refused(["report", "run.csv", "--evel", "gold"], ["--evel", "--eval"], capsys)
+    refused(["report", "run.csv", "other.csv"], ["unexpected 'other.csv'"], capsys)
+    assert {path.name for path in tmp_path.iterdir()} == {"run.csv", "file"}
+    assert main(["report", "run.csv", "--output", "file/below"]) == 2
+    assert "--output file/below: Not a directory" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[str]:
     found = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -224,7 +260,9 @@ def test_a_phone_shows_it_without_scrolling_sideways(chromium: str, source: str,
     """
     # A window cannot be as narrow as a phone; a frame can.
     frame = f'<iframe id="frame" style="width:{width}px;height:{height}px;border:0"></iframe>'
-    wrapped = f'<meta charset="utf-8">{frame}<pre id="source" hidden>{html.escape(source)}</pre><script>{measure}</script>'
+    wrapped = (
+        f'<meta charset="utf-8">{frame}<pre id="source" hidden>{html.escape(source)}</pre><script>{measure}</script>'
+    )
     (tmp_path / "wrapper.html").write_text(f"<!DOCTYPE html><html><body>{wrapped}</body></html>", encoding="utf-8")
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", str(tmp_path / "wrapper.html")]  # fmt: skip

@@ -1,11 +1,17 @@
 """`headroom report`: one run as a page, a text and pictures."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.report.figures import Picture
 from configs.errors import UserError
 from trainers.rundir import write_atomic
+
+
+def folder_of(name: str) -> Path:
+    """Return where a report goes when nobody says where."""
+    return Path(f"report-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name).strip('-.')[:80] or 'run'}")
 
 
 def write(folder: Path, html: str, pictures: Sequence[Picture], name: str = "report") -> Path:

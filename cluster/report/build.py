@@ -1,42 +1,105 @@
 """From a run that was read to what its report shows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from cluster.report.view import Choice, Sample, View, Warned
+from cluster.report.view import Choice, Estimate, Sample, View, Warned, percent
 from trainers.measured import EarlyWarning, MeasuredRun
-from trainers.mismatch import Settings, correlate
+from trainers.mismatch import Series, Settings, correlate, selection
 from trainers.mismatch.correlation import WINDOW
 from trainers.mismatch.findings import find
+from trainers.mismatch.headroom import Headroom, headroom_within
 
 SHOWN_SAMPLES = 8
+LONGER = 0.5  # of a run that is over: how much longer it is asked what more training would buy
 
 
-def build(run: MeasuredRun, settings: Settings | None = None) -> View:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """How far headroom looks, and the KL that a "KL budget" rule allows."""
+
+    version: int | None = None  # None: to the recipe's last version, or half as long again
+    kl: float | None = None  # nats; headroom looks this far instead
+
+
+def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | None = None) -> View:
     """Ask the instrument about a run, and gather what a report of it shows.
 
     The plan of the run's own recipe counts where `settings` has none. Raises UserError as the instrument does.
     """
-    settings = settings or Settings()
+    settings, budget = settings or Settings(), budget or Budget()
     if settings.planned is None and run.planned is not None:
         settings = replace(settings, planned=max(run.planned, 3))
     found = find(run.series, settings, notes=run.notes)
-    chosen = Choice(rule="chosen", version=None, value=None, note="not enough: no version is chosen")
+    chosen = _chosen(run.series)
+    room = _headroom(run, budget)
     return View(
         name=run.name,
         series=run.series,
         verdict=found.verdict,
         correlations=found.correlations,
         chosen=chosen,
+        rivals=_rivals(run.series, budget.kl),
+        headroom=_left(room),
+        no_headroom=room.reason or "",
         windows=correlate(run.series, window=WINDOW, draws=200) if len(run.series.primary.versions) > WINDOW else (),
         warnings=tuple(map(_warned, run.early_warnings)),
         samples=_side_by_side(run.samples, chosen.version),
         params=run.params,
         evaluation_hash=run.evaluation_hash,
         seconds=run.seconds,
-        notes=found.reasons,
+        notes=tuple(dict.fromkeys([*found.reasons, *room.notes])),
     )
+
+
+def _chosen(series: Series) -> Choice:
+    found = selection.report(selection.choose(series.primary))
+    of, _, of_gain = found.estimand.partition("; gain: ")
+    level = percent(found.level)
+    return Choice(
+        rule="chosen: best of the smoothed curve",
+        version=found.version,
+        value=_estimate(found.value, f"{level} interval of the {of}"),
+        gain=_estimate(found.gain, of_gain),
+        note=found.not_enough or found.note or "",
+    )
+
+
+def _rivals(series: Series, kl_budget: float | None) -> tuple[Choice, ...]:
+    name = series.primary.name
+    return tuple(
+        Choice(
+            rule=one.rule,
+            version=one.version,
+            value=_estimate(one.value, f"true mean of {name} at version {one.version}"),
+            gain=_estimate(one.gain, ""),
+            note=one.not_enough or one.note or "",
+        )
+        for one in selection.rivals(series, kl_budget=kl_budget)
+        if kl_budget is not None or one.rule != "KL budget"
+    )
+
+
+def _estimate(found: selection.Estimate | None, of: str) -> Estimate | None:
+    return None if found is None else Estimate(value=found.value, low=found.low, high=found.high, of=of)
+
+
+def _headroom(run: MeasuredRun, budget: Budget) -> Headroom:
+    if budget.kl is not None:
+        return headroom_within(run.series, kl=budget.kl)
+    versions = run.series.primary.versions
+    first, last = (int(versions[place]) for place in (0, -1)) if len(versions) else (0, 0)
+    planned = int(run.params["run.steps"]) if run.planned is not None else last
+    until = budget.version or (planned if planned > last else last + max(1, round(LONGER * (last - first))))
+    return headroom_within(run.series, version=until)
+
+
+def _left(room: Headroom) -> Estimate | None:
+    if room.low is None and room.high is None:
+        return None
+    of = f"{percent(room.level)} interval of {room.estimand}"
+    return Estimate(value=None, low=room.low, high=room.high, of=of)
 
 
 def _warned(early: EarlyWarning) -> Warned:
@@ -58,5 +121,7 @@ def _side_by_side(samples: Mapping[int, Sequence[Mapping[str, Any]]], chosen: in
     for version in versions:
         for sample in samples[version]:
             by_prompt.setdefault(str(sample.get("prompt")), {}).setdefault(version, str(sample.get("completion")))
-    shared = [Sample(prompt=prompt, completions=found) for prompt, found in by_prompt.items() if len(found) == len(versions)]
+    shared = [
+        Sample(prompt=prompt, completions=found) for prompt, found in by_prompt.items() if len(found) == len(versions)
+    ]
     return tuple(shared[:SHOWN_SAMPLES])

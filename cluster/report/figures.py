@@ -23,7 +23,8 @@ Look = tuple[str, str, str]  # colour, marker, line style
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 LOOKS: tuple[Look, ...] = (
-    (VERMILLION, "o", "-"), (BLUE, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"), (SKY, "P", "--"),
+    (VERMILLION, "o", "-"), (BLUE, "s", "--"), (GREEN, "^", "-."), (PURPLE, "D", ":"), (ORANGE, "v", "-"),
+    (SKY, "P", "--"),
 )  # fmt: skip
 INK, GREY = "#1b1f24", "#7a828c"  # in the dark the first one is turned over
 WIDTH = 4.2  # inches: on a phone of 390 px a letter of 9 points stays readable
@@ -32,8 +33,9 @@ CROWD = 25  # points; with more of them not each one has a marker
 KNOT = 40  # points; a line through more of them, to and fro, hides what it joins
 STYLE = {
     "svg.fonttype": "none", "svg.hashsalt": "headroom", "font.size": 9, "text.color": INK, "axes.labelcolor": INK,
-    "axes.edgecolor": GREY, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False, "axes.spines.right": False,
-    "axes.grid": True, "lines.linewidth": 1.5, "grid.color": GREY, "grid.alpha": 0.25, "axes.titlesize": 9, "axes.titlelocation": "left",
+    "axes.edgecolor": GREY, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "lines.linewidth": 1.5, "grid.color": GREY, "grid.alpha": 0.25,
+    "axes.titlesize": 9, "axes.titlelocation": "left",
 }  # fmt: skip
 DARK = f"<style>:root{{--ink:{INK}}}@media(prefers-color-scheme:dark){{:root{{--ink:#e8eaed}}}}</style>"
 
@@ -68,9 +70,13 @@ def finished(figure: Figure, name: str, about: About, alt: str, caption: str) ->
     figure.savefig(png, format="png", dpi=160, facecolor="white")
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = svg.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL).replace(INK, "var(--ink)")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL).replace(
+        INK, "var(--ink)"
+    )
     head = text.index(">") + 1
-    return Picture(name=name, about=about, svg=text[:head] + DARK + text[head:], png=png.getvalue(), alt=alt, caption=caption)
+    return Picture(
+        name=name, about=about, svg=text[:head] + DARK + text[head:], png=png.getvalue(), alt=alt, caption=caption
+    )
 
 
 def canvas(rows: int, height: float, columns: int = 1, **shared: str | bool) -> tuple[Figure, list[Axes]]:
@@ -84,9 +90,7 @@ def draw(axes: Axes, curve: Curve, look: Look, label: str | None = None) -> None
     """Draw a curve with its band over its versions."""
     colour, marker, line = look
     every = 1 if len(curve.versions) <= CROWD else len(curve.versions) // 8
-    axes.plot(
-        curve.versions, curve.mean, line, color=colour, marker=marker, markersize=4, markevery=every, label=label
-    )
+    axes.plot(curve.versions, curve.mean, line, color=colour, marker=marker, markersize=4, markevery=every, label=label)
     if (edges := band(curve)) is not None:
         axes.fill_between(curve.versions, *edges, color=colour, alpha=0.2, linewidth=0)
 
@@ -119,7 +123,10 @@ def _by_version(view: View) -> Picture:
     if view.chosen.version is not None:
         marks.append((view.chosen.version, "-", f"take version {view.chosen.version}"))
     if fall is not None:
-        marks += [(fall.since, "--", f"last before the fall: {fall.since}"), (fall.raised, ":", f"alarm: {fall.raised}")]
+        marks += [
+            (fall.since, "--", f"last before the fall: {fall.since}"),
+            (fall.raised, ":", f"alarm: {fall.raised}"),
+        ]
     for version, line, label in marks:
         for ax in axes:
             ax.axvline(version, color=INK, linestyle=line, linewidth=1, label=label)
@@ -168,7 +175,9 @@ def _by_distance(view: View) -> Picture | None:
 
 def _scatter(view: View, evaluation: Curve) -> Picture | None:
     """Lambert & Calandra, Fig. 4: one point a version."""
-    across = [curve for curve in (view.series.reward, view.series.kl) if curve is not None and len(_joint(curve, evaluation))]
+    across = [
+        curve for curve in (view.series.reward, view.series.kl) if curve is not None and len(_joint(curve, evaluation))
+    ]
     if not across:
         return None
     figure, axes = canvas(1, 2.5, len(across), sharey=True)
@@ -191,8 +200,11 @@ def _scatter(view: View, evaluation: Curve) -> Picture | None:
         for one in view.correlations
         if one.y == evaluation.name and one.kind == "spearman"
     ]
-    alt = f"{evaluation.name} against {' and '.join(curve.name for curve in across)}, one point a version. {' '.join(said)}"
-    caption = f"{evaluation.name}: one point a version (square: first, triangle: last). Bars: 95 % interval of each mean."
+    against = " and ".join(curve.name for curve in across)
+    alt = f"{evaluation.name} against {against}, one point a version. {' '.join(said)}"
+    caption = (
+        f"{evaluation.name}: one point a version (square: first, triangle: last). Bars: 95 % interval of each mean."
+    )
     place = [curve.name for curve in view.series.evaluations].index(evaluation.name)
     return finished(figure, f"scatter-{place}", "correlations", alt, caption)
 
@@ -216,7 +228,8 @@ def _windows(view: View) -> Picture | None:
     ax.legend(frameon=False, fontsize=8)
     n = shown[0].n
     alt = f"Spearman correlation of reward and KL with {name} in a moving window of {n} versions."
-    caption = f"In a moving window of {n} versions. Bands: {percent(shown[0].level)} interval of the true values' correlation there."
+    level = percent(shown[0].level)
+    caption = f"In a moving window of {n} versions. Bands: {level} interval of the true values' correlation there."
     return finished(figure, "windows", "correlations", alt, caption)
 
 

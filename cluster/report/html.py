@@ -44,7 +44,7 @@ tr.chosen { background: var(--card); }
   th, td { border: 0; padding: .05rem 0; } td:empty { display: none; }
   td::before { content: attr(data-title) ": "; color: var(--soft); }
 }
-blockquote, .text { margin: 0; white-space: pre-wrap; background: var(--card); border-radius: .4rem; padding: .5rem .75rem; }
+.text { white-space: pre-wrap; background: var(--card); border-radius: .4rem; padding: .5rem .75rem; }
 ul { padding-left: 1.2rem; }
 """
 
@@ -79,7 +79,9 @@ def unbroken(text: str) -> str:
     return re.sub(r"(\[\S+,) (\S+\])", "\\1\u00a0\\2", text)
 
 
-def table(caption: str, titles: Sequence[str], rows: Iterable[Sequence[str]], *, chosen: int | None = None) -> ET.Element:
+def table(
+    caption: str, titles: Sequence[str], rows: Iterable[Sequence[str]], *, chosen: int | None = None
+) -> ET.Element:
     """Build a table with a caption and headers of columns and rows; row `chosen` stands out.
 
     On a phone a row becomes a block with a line a cell; the roles say that it is a table there too.

@@ -62,7 +62,8 @@ def summary(view: View) -> Element:
     chosen, name = view.chosen, view.series.primary.name
     take = "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
     said = [] if chosen.value is None else [
-        element("div", f"{name} {unbroken(interval(chosen.value))}", class_="value"), element("p", chosen.value.of, class_="soft")
+        element("div", f"{name} {unbroken(interval(chosen.value))}", class_="value"),
+        element("p", chosen.value.of, class_="soft"),
     ]  # fmt: skip
     note = [element("p", chosen.note)] if chosen.note else []
     cards.append(card("checkpoint", "Checkpoint", element("div", take, class_="big"), *said, *note))
@@ -127,7 +128,9 @@ def _correlations(view: View) -> Element:
     rows = []
     for x, y, n in pairs:
         by_kind = {one.kind: one for one in view.correlations if (one.x, one.y) == (x, y)}
-        rows.append((f"{x} with {y}", str(n), *(coefficient(by_kind[kind]) for kind in ("pearson", "spearman", "kendall"))))
+        rows.append(
+            (f"{x} with {y}", str(n), *(coefficient(by_kind[kind]) for kind in ("pearson", "spearman", "kendall")))
+        )
     level = percent(view.correlations[0].level) if view.correlations else "95 %"
     caption = (
         f"Of the true values at this run's versions, corrected for measurement error, with {level} intervals. They say "

@@ -21,17 +21,21 @@ BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 48  # points of a line
 
 
-def text(view: View) -> str:
-    """Return the report: what to know first, then the evidence."""
-    primary = view.series.primary.name
-    lines = [view.name, "", f"{ARROWS[view.verdict.state]}  {headline(view)}", f"    {explanation(view)}"]
-    chosen, room = view.chosen, view.headroom
+def head(view: View) -> list[str]:
+    """Return what to know first: state, checkpoint to take, headroom."""
+    primary, chosen, room = view.series.primary.name, view.chosen, view.headroom
+    lines = [f"{ARROWS[view.verdict.state]}  {headline(view)}", f"    {explanation(view)}"]
     take = "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
     lines.append(f"    {take}" + (f": {primary} {interval(chosen.value)}" if chosen.value else ""))
     lines += [f"      {said}" for said in (chosen.value.of if chosen.value else "", chosen.note) if said]
     lines.append(f"    Headroom left: {interval(room) if room else 'not identified'}")
-    lines += [f"      {said}" for said in (room.of if room else "", view.no_headroom) if said]
-    lines.append("")
+    return lines + [f"      {said}" for said in (room.of if room else "", view.no_headroom) if said]
+
+
+def text(view: View) -> str:
+    """Return the report: what to know first, then the evidence."""
+    primary, chosen = view.series.primary.name, view.chosen
+    lines = [view.name, "", *head(view), ""]
     curves = [view.series.reward, *view.series.evaluations, *([view.series.kl] if view.series.kl else [])]
     lines += aligned([(curve.name, sparkline(curve)) for curve in curves if len(curve.versions)], left=2)
     alarms = [view.verdict.primary, *view.verdict.others]
@@ -40,7 +44,11 @@ def text(view: View) -> str:
         *((a.evaluation, _plain(a.margin), _plain(a.minimum_detectable_drop), alarm_says(a)) for a in alarms),
     ])]  # fmt: skip
     rows = [
-        (c.rule, "none" if c.version is None else str(c.version), interval(c.value) if c.value else c.note or "not known")
+        (
+            c.rule,
+            "none" if c.version is None else str(c.version),
+            interval(c.value) if c.value else c.note or "not known",
+        )
         for c in (chosen, *view.rivals)
     ]
     lines += ["", *aligned([("rule", "version", primary), *rows])]
