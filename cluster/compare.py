@@ -333,7 +333,7 @@ def _highest(of: Compared) -> Element:
         "best", "Highest",
         element("div", f"{view.name}, version {view.chosen.version}", class_="big"),
         element("div", unbroken(f"{view.series.primary.name} {_value(view.chosen)}"), class_="value"),
-        element("p", view.chosen.value.of if view.chosen.value else "", class_="soft"),
+        element("p", f"95 % interval of the {view.chosen.value.of}" if view.chosen.value else "", class_="soft"),
         element("p", f"It is the highest of {len(values)} runs, so its value is a little too good.", class_="soft"),
         *more,
     )  # fmt: skip

@@ -187,9 +187,9 @@ def test_a_number_is_rounded_far_inside_its_uncertainty(value: float, spread: fl
     [
         ((0.4131, 0.3622, 0.464), "+0.413 [+0.362, +0.464]"),
         ((None, 0.0, 0.08), "[+0.000, +0.080]"),
-        ((None, None, 0.08), "at most +0.08000"),
-        ((None, 0.02, None), "at least +0.02000"),
-        ((None, None, None), "not known"),
+        ((None, None, 0.08), "at most +0.080"),
+        ((None, 0.02, None), "at least +0.020"),
+        ((None, None, None), "not identified"),
         ((0.5, None, None), "+0.5000 (no interval)"),
     ],
 )

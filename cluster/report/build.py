@@ -56,11 +56,10 @@ def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | N
 def _chosen(series: Series) -> Choice:
     found = selection.report(selection.choose(series.primary))
     of, _, of_gain = found.estimand.partition("; gain: ")
-    level = percent(found.level)
     return Choice(
         rule="chosen: best of the smoothed curve",
         version=found.version,
-        value=_estimate(found.value, f"{level} interval of the {of}"),
+        value=_estimate(found.value, of),
         gain=_estimate(found.gain, of_gain),
         note=found.not_enough or found.note or "",
     )
@@ -95,9 +94,7 @@ def _headroom(run: MeasuredRun, budget: Budget) -> Headroom:
     return headroom_within(run.series, version=until)
 
 
-def _left(room: Headroom) -> Estimate | None:
-    if room.low is None and room.high is None:
-        return None
+def _left(room: Headroom) -> Estimate:
     of = f"{percent(room.level)} interval of {room.estimand}"
     return Estimate(value=None, low=room.low, high=room.high, of=of)
 

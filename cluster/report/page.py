@@ -63,12 +63,12 @@ def summary(view: View) -> Element:
     take = "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
     said = [] if chosen.value is None else [
         element("div", f"{name} {unbroken(interval(chosen.value))}", class_="value"),
-        element("p", chosen.value.of, class_="soft"),
+        element("p", f"95 % interval of the {chosen.value.of}", class_="soft"),
     ]  # fmt: skip
     note = [element("p", chosen.note)] if chosen.note else []
     cards.append(card("checkpoint", "Checkpoint", element("div", take, class_="big"), *said, *note))
     room = view.headroom
-    left = unbroken(interval(room)) if room else "Not identified"
+    left = unbroken(interval(room)).capitalize() if room else "Not identified"
     why = [element("p", view.no_headroom)] if view.no_headroom else []
     of = [element("p", room.of, class_="soft")] if room else []
     cards.append(card("headroom", "Headroom left", element("div", left, class_="big"), *of, *why))

@@ -27,7 +27,8 @@ def head(view: View) -> list[str]:
     lines = [f"{ARROWS[view.verdict.state]}  {headline(view)}", f"    {explanation(view)}"]
     take = "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
     lines.append(f"    {take}" + (f": {primary} {interval(chosen.value)}" if chosen.value else ""))
-    lines += [f"      {said}" for said in (chosen.value.of if chosen.value else "", chosen.note) if said]
+    of = f"95 % interval of the {chosen.value.of}" if chosen.value else ""
+    lines += [f"      {said}" for said in (of, chosen.note) if said]
     lines.append(f"    Headroom left: {interval(room) if room else 'not identified'}")
     return lines + [f"      {said}" for said in (room.of if room else "", view.no_headroom) if said]
 

@@ -154,8 +154,11 @@ def interval(estimate: Estimate) -> str:
     value, low, high = estimate.value, estimate.low, estimate.high
     ends = [end for end in (low, high) if end is not None]
     if value is None and not ends:
-        return "not known"
-    spread = max(ends) - min(ends) if value is None else max((abs(end - value) for end in ends), default=None)
+        return "not identified"
+    if value is None:
+        spread: float | None = abs(ends[0] - ends[-1]) or abs(ends[0])
+    else:
+        spread = max((abs(end - value) for end in ends), default=None)
     shown = [None if one is None else number(one, spread) for one in (value, low, high)]
     if shown[0] is None and None in shown[1:]:
         return f"at least {shown[1]}" if shown[1] else f"at most {shown[2]}"
