@@ -85,8 +85,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     report = _reader(commands, "report", _report, "one run as a page, pictures and text", "runs/NAME --text")
     report.add_argument("--output", metavar="DIR", help="for the page and its PNGs; default: report-NAME")
     report.add_argument("--text", action="store_true", help="print the report; write files only with --output")
-    report.add_argument("--until", metavar="VERSION", type=int, help="how far headroom looks; default: the run's plan")
-    report.add_argument("--kl-budget", metavar="NATS", type=float, help="headroom looks as far as this KL instead")
     compare = _reader(commands, "compare", _compare, "runs side by side", "a.csv b.csv --output DIR", nargs="*")
     compare.add_argument("--experiment", metavar="NAME", help="all runs of this experiment in MLflow")
     compare.add_argument("--group", metavar="KEY", help="what makes a recipe: reward, algorithm, algorithm.kl, …")
@@ -253,7 +251,7 @@ def _report(args: argparse.Namespace) -> None:
     columns = Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version)
     settings = Settings(margin=args.margin, planned=args.planned)
     run = read(args.source, columns, args.tracking_uri)
-    view = build(run, settings, Budget(version=args.until, kl=args.kl_budget))
+    view = build(run, settings, Budget(version=args.version_budget, kl=args.kl_budget))
     print(text(view) if args.text else "\n".join([view.name, *head(view)]))
     if args.output or not args.text:
         drawn = pictures(view)
@@ -262,7 +260,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from cluster import compare, report
-    from cluster.report.build import build
+    from cluster.report.build import Budget, build
     from trainers.measured import Columns
     from trainers.mismatch import Settings
     from trainers.sources import read_all
@@ -272,7 +270,9 @@ def _compare(args: argparse.Namespace) -> None:
     sources = [*args.source, *([] if args.experiment is None else [f"mlflow:{args.experiment}"])]
     runs = [run for source in sources for run in read_all(source, columns, args.tracking_uri)]
     compare.check(runs, across_evaluations=args.across_evaluations)  # before anything is computed
-    of = compare.compare([build(run, settings) for run in runs], args.group, across_evaluations=args.across_evaluations)
+    budget = Budget(version=args.version_budget, kl=args.kl_budget)
+    views = [build(run, settings, budget) for run in runs]
+    of = compare.compare(views, args.group, across_evaluations=args.across_evaluations)
     print(compare.text(of))
     if args.output:
         drawn = compare.pictures(of)

@@ -38,7 +38,7 @@ class Compared:
 
 
 def compare(views: Sequence[View], group: str | None = None, *, across_evaluations: bool = False) -> Compared:
-    """Put runs side by side; those whose parameters under `group` (None: all, but seeds and names) are equal go together.
+    """Put runs side by side; those with equal parameters under `group` (None: all, but seeds and names) go together.
 
     Raises UserError as `check` does, or if no run has a parameter under `group`.
     """
@@ -241,8 +241,8 @@ SEEDS = (
 )
 DIFFERS = "What differs between the runs' parameters, seeds and names aside."
 ACROSS = (
-    "Across these runs, one point a run: reward and primary evaluation at the last version that has both. The intervals "
-    "hold the measurement errors of these runs; they say nothing about other recipes."
+    "Across these runs, one point a run: reward and primary evaluation at the last version that has both. The "
+    "intervals hold the measurement errors of these runs; they say nothing about other recipes."
 )
 
 

@@ -220,7 +220,7 @@ def test_a_table_is_reported_on_the_command_line(
         and "interval of the true mean of gold" in parsed.by_id["checkpoint"]
     )
     assert "highest reward" in parsed.text and "up to version 135" in parsed.by_id["headroom"]
-    assert main(["report", "my run.csv", "--text", "--until", "200"]) == 0
+    assert main(["report", "my run.csv", "--text", "--version-budget", "200"]) == 0
     assert "up to version 200" in capsys.readouterr().out
 
 

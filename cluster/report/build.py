@@ -6,21 +6,20 @@ from typing import Any
 
 from cluster.report.view import Choice, Estimate, Sample, View, Warned, percent
 from trainers.measured import EarlyWarning, MeasuredRun
-from trainers.mismatch import Series, Settings, correlate, selection
+from trainers.mismatch import Settings, correlate, selection
 from trainers.mismatch.correlation import WINDOW
 from trainers.mismatch.findings import find
-from trainers.mismatch.headroom import Headroom, headroom_within
+from trainers.mismatch.headroom import Headroom
 
 SHOWN_SAMPLES = 8
-LONGER = 0.5  # of a run that is over: how much longer it is asked what more training would buy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """How far headroom looks, and the KL that a "KL budget" rule allows."""
+    """How far headroom looks; neither: to the recipe's last version, or half as many versions again."""
 
-    version: int | None = None  # None: to the recipe's last version, or half as long again
-    kl: float | None = None  # nats; headroom looks this far instead
+    version: int | None = None
+    kl: float | None = None  # nats; also the KL that the rule "KL budget" allows
 
 
 def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | None = None) -> View:
@@ -29,18 +28,21 @@ def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | N
     The plan of the run's own recipe counts where `settings` has none. Raises UserError as the instrument does.
     """
     settings, budget = settings or Settings(), budget or Budget()
-    if settings.planned is None and run.planned is not None:
-        settings = replace(settings, planned=max(run.planned, 3))
-    found = find(run.series, settings, notes=run.notes)
-    chosen = _chosen(run.series)
-    room = _headroom(run, budget)
+    if settings.planned is None:
+        settings = replace(settings, planned=run.planned)
+    version = budget.version
+    if version is None and budget.kl is None and not _ended(run):
+        version = run.final_version
+    found = find(run.series, settings, kl_budget=budget.kl, version_budget=version, notes=run.notes)
+    chosen, room = _chosen(found.selected), found.headroom
+    on_cards = (f"chosen version: {chosen.note}", f"headroom: {room.reason}")
     return View(
         name=run.name,
         series=run.series,
         verdict=found.verdict,
         correlations=found.correlations,
         chosen=chosen,
-        rivals=_rivals(run.series, budget.kl),
+        rivals=_rivals(found.rivals, run.series.primary.name),
         headroom=_left(room),
         no_headroom=room.reason or "",
         windows=correlate(run.series, window=WINDOW, draws=200) if len(run.series.primary.versions) > WINDOW else (),
@@ -49,12 +51,16 @@ def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | N
         params=run.params,
         evaluation_hash=run.evaluation_hash,
         seconds=run.seconds,
-        notes=tuple(dict.fromkeys([*found.reasons, *room.notes])),
+        notes=tuple(reason for reason in found.reasons if reason not in on_cards),
     )
 
 
-def _chosen(series: Series) -> Choice:
-    found = selection.report(selection.choose(series.primary))
+def _ended(run: MeasuredRun) -> bool:
+    versions = run.series.primary.versions
+    return run.final_version is not None and len(versions) > 0 and int(versions[-1]) >= run.final_version
+
+
+def _chosen(found: selection.Selected) -> Choice:
     of, _, of_gain = found.estimand.partition("; gain: ")
     return Choice(
         rule="chosen: best of the smoothed curve",
@@ -65,8 +71,7 @@ def _chosen(series: Series) -> Choice:
     )
 
 
-def _rivals(series: Series, kl_budget: float | None) -> tuple[Choice, ...]:
-    name = series.primary.name
+def _rivals(rivals: Sequence[selection.Rival], name: str) -> tuple[Choice, ...]:
     return tuple(
         Choice(
             rule=one.rule,
@@ -75,23 +80,12 @@ def _rivals(series: Series, kl_budget: float | None) -> tuple[Choice, ...]:
             gain=_estimate(one.gain, ""),
             note=one.not_enough or one.note or "",
         )
-        for one in selection.rivals(series, kl_budget=kl_budget)
-        if kl_budget is not None or one.rule != "KL budget"
+        for one in rivals
     )
 
 
 def _estimate(found: selection.Estimate | None, of: str) -> Estimate | None:
     return None if found is None else Estimate(value=found.value, low=found.low, high=found.high, of=of)
-
-
-def _headroom(run: MeasuredRun, budget: Budget) -> Headroom:
-    if budget.kl is not None:
-        return headroom_within(run.series, kl=budget.kl)
-    versions = run.series.primary.versions
-    first, last = (int(versions[place]) for place in (0, -1)) if len(versions) else (0, 0)
-    planned = int(run.params["run.steps"]) if run.planned is not None else last
-    until = budget.version or (planned if planned > last else last + max(1, round(LONGER * (last - first))))
-    return headroom_within(run.series, version=until)
 
 
 def _left(room: Headroom) -> Estimate:
