@@ -241,6 +241,34 @@ def test_what_is_undefined_or_was_not_measured_stays_out(here: Path) -> None:
     assert run.series.reward.versions.tolist() == [0, 1, 2, 3]
 
 
+DEGENERATE = {
+    "one version": [{"version": 0, "reward": 0.1, "gold": [0.1, 0.4]}],
+    "two versions": [{"version": i, "reward": 0.1 * i, "gold": [0.1, 0.4 + i]} for i in range(2)],
+    "all prompts alike": [{"version": i, "reward": 0.1 * i, "gold": [1.0 * i, 1.0 * i]} for i in range(8)],
+    "no standard error": [{"version": i, "reward": 0.1 * i, "eval/gold": 0.5 + i} for i in range(8)],
+    "no reward measured": [{"version": i, "reward": None, "gold": row.tolist()} for i, row in enumerate(scores())],
+    "reward and evaluation never together": [
+        {"version": i, "gold": row.tolist()} if i % 2 else {"version": i, "reward": 0.1 * i}
+        for i, row in enumerate(scores())
+    ],
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_what_cannot_be_known_is_null_and_has_a_reason(
+    name: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "run.jsonl").write_text(jsonl(*DEGENERATE[name]))
+    found = answers(["run.jsonl"], capsys)
+    assert any("not enough" in reason for reason in found["reasons"]), found["reasons"]
+    assert all((one["estimate"] is None) == (one["not_enough"] is not None) for one in found["correlations"])
+    if len(found["evaluated_versions"]) < 3 or name == "no standard error":
+        assert (found["state"], found["chosen_version"], found["chosen_value"]) == (None, None, None)
+        assert found["headroom"]["answer"] == "not identified" and found["minimum_detectable_drop"] is None
+    assert main(["watch", "run.jsonl", "--once"]) == 0
+    assert f"{len(found['evaluated_versions'])} evaluations by" in capsys.readouterr().out
+
+
 def test_several_evaluations_without_a_primary_one_are_noted(here: Path) -> None:
     (here / "run.csv").write_text("step,reward,eval/a,eval/a_se,eval/b,entropy\n0,1,2,.1,3,.5\n1,1,2,.1,3,\n")
     run = read("run.csv")

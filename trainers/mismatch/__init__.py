@@ -9,6 +9,7 @@ print(verdict.state, verdict.since_version, verdict.primary.minimum_detectable_d
 from trainers.mismatch.alarm import Alarm, Fall, Settings, State, Verdict, judge
 from trainers.mismatch.budget import Budget, Option, Wanted, evaluation_budget
 from trainers.mismatch.correlation import Correlation, between, correlate
+from trainers.mismatch.findings import Findings, find, to_json
 from trainers.mismatch.gap import length_share, length_share_of_prompts, proxy_gold_gap
 from trainers.mismatch.headroom import Forecast, Headroom, crps, crps_normal, forecast, headroom_within
 from trainers.mismatch.paths import Law, fit_law
@@ -24,6 +25,7 @@ __all__ = [
     "Curve",
     "Estimate",
     "Fall",
+    "Findings",
     "Forecast",
     "Headroom",
     "Law",
@@ -42,6 +44,7 @@ __all__ = [
     "crps",
     "crps_normal",
     "evaluation_budget",
+    "find",
     "fit_law",
     "forecast",
     "from_means",
@@ -52,7 +55,9 @@ __all__ = [
     "judge",
     "length_share",
     "length_share_of_prompts",
-    "proxy_gold_gap",    "report",
+    "proxy_gold_gap",
+    "report",
     "rivals",
     "shortlist",
+    "to_json",
 ]
