@@ -37,6 +37,11 @@ DEFAULT_URI = "sqlite:///mlflow.db"  # the recipes' own
 SQLITE = "sqlite:///"
 ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second: what cannot be an id at all
 SHOWN_RUNS = 4
+SETTINGS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
 
 T = TypeVar("T")
 
@@ -62,7 +67,7 @@ class Store:
         # mlflow would make a new store here.
         if (uri.startswith(SQLITE) or "://" not in uri) and not (place.exists() and place.stat().st_size):
             raise UserError(f"no MLflow store at {self._shown}; give its address with --tracking-uri")
-        for name, value in {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}.items():
+        for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
         for noisy in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
