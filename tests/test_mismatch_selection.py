@@ -139,6 +139,8 @@ def test_without_an_untouched_sample_the_value_is_shrunk_and_says_so() -> None:
         assert found.value is not None and choice.version is not None
         assert found.value.value < choice.pooled.mean[VERSIONS.index(choice.version)]
         assert found.value.low < 10 < found.value.high
+        assert found.gain is not None
+        assert found.gain.value == pytest.approx(found.value.value - choice.pooled.mean[0], abs=1e-12)
 
 
 def test_rivals_choose_by_their_rules() -> None:

@@ -265,7 +265,7 @@ def _estimates(
     """Value of `version` and its gain over `base`, from `fresh`, or from the curve, smoothed or as it was measured.
 
     A smoothed value's interval is as wide as the measured one's or wider: what smoothing gains in spread at a peak,
-    it may lose in bias.
+    it may lose in bias. The base was not chosen for its value and is taken as measured: a steep start would lift it.
     """
     used = curve if fresh is None else fresh
     if used.covariance is None:
@@ -276,10 +276,11 @@ def _estimates(
     quantile = float(stats.norm.isf(tail) if used.prompts is None else stats.t.isf(tail, used.prompts - 1))
     one, other = (int(np.searchsorted(used.versions, at)) for at in (version, base))
     alone = np.eye(len(mean))[one]
+    gain = mean[one] - used.mean[other] if one != other else 0.0
     found = []
-    for weights in (alone, alone - np.eye(len(mean))[other]):
+    for middle, weights in ((float(mean[one]), alone), (float(gain), alone - np.eye(len(mean))[other])):
         variance = max(weights @ covariance @ weights, weights @ stated @ weights, 0)
-        middle, half = float(weights @ mean), quantile * float(np.sqrt(variance))
+        half = quantile * float(np.sqrt(variance))
         found.append(Estimate(value=middle, low=middle - half, high=middle + half))
     return found[0], found[1]
 
