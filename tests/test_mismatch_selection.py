@@ -208,11 +208,11 @@ def test_samples_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_small_simulation_keeps_the_gain_and_tells_its_value() -> None:
-    runs = 40
+    runs = 60
     cell = measure(truths(POINTS)["kink late"], 0.1, independent, runs, [0])
     kept = {rule: values.mean() for rule, values in cell.kept.items()}
     assert kept["selected"] >= 0.95
-    assert kept["selected"] > max(kept[rule] for rule in ("raw best", "3-point mean", "last", "highest reward"))
+    assert kept["selected"] > max(kept[rule] for rule in ("raw best", "last", "highest reward"))
     for told in (cell.value["untouched"], cell.gain["untouched"]):
         off, _, miss = told.T
         assert abs(off.mean()) <= 3 * off.std() / np.sqrt(runs)
