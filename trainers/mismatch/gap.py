@@ -137,12 +137,10 @@ def length_share_of_prompts(
     within estimator), so neither hard prompts nor whatever else rose with the versions counts as length. The interval
     is a bootstrap over prompts. Raises UserError for shapes that differ or numbers that are not finite.
     """
-    name, estimand = (
-        "share of length",
-        (
-            "slope of the reward on the length within prompt and version, times the rise of the mean length over the rise "
-            "of the mean reward, first to last version"
-        ),
+    name = "share of length"
+    estimand = (
+        "slope of the reward on the length within prompt and version, times the rise of the mean length over the rise of "
+        "the mean reward, first to last version"
     )
     n = len(versions)
     if rewards.shape != lengths.shape or len(rewards) != n:
