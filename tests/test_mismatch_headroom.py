@@ -17,6 +17,7 @@ from trainers.mismatch import (
     fit_law,
     forecast,
     from_means,
+    from_scores,
     headroom_within,
     length_share,
     length_share_of_prompts,
@@ -145,6 +146,17 @@ def test_not_enough_is_said_with_its_reason(gold: np.ndarray, se: float | None, 
     for one in forecast(series(gold, se)):
         assert one.not_identified is not None and reason in one.not_identified
         assert one.median is one.low is one.high is None and len(one.draws) == 0
+
+
+def test_few_prompts_and_a_kl_that_stands_still_are_survived() -> None:
+    scores = BON[:, None] + np.random.default_rng(5).normal(0, 0.2, (POINTS, 8))
+    few = from_scores("gold", VERSIONS, scores)  # its covariance has no inverse
+    assert np.linalg.matrix_rank(few.covariance) < POINTS
+    for kl in (None, from_means("kl", VERSIONS, [0.5] * POINTS, None)):
+        one = Series(reward=from_means("reward", VERSIONS, D.tolist(), None), evaluations=(few,), kl=kl)
+        found = headroom_within(one, version=120, draws=200)
+        assert found.axis.startswith("versions") and found.smooth_high is not None and np.isfinite(found.smooth_high)
+        assert bool(found.notes) == (kl is not None)
 
 
 def test_budgets() -> None:

@@ -139,8 +139,8 @@ def length_share_of_prompts(
     """
     name = "share of length"
     estimand = (
-        "slope of the reward on the length within prompt and version, times the rise of the mean length over the rise of "
-        "the mean reward, first to last version"
+        "slope of the reward on the length within prompt and version, times the rise of the mean length over the rise "
+        "of the mean reward, first to last version"
     )
     n = len(versions)
     if rewards.shape != lengths.shape or len(rewards) != n:

@@ -190,12 +190,12 @@ def _measured(series: Series) -> _Measured:
     if series.kl is not None:
         joint: Integers = np.intersect1d(curve.versions, series.kl.versions)
         at = series.kl.at(joint).mean
-        if len(joint) >= paths.FEWEST and at.max() > 0:
+        distance = np.sqrt(np.maximum(at, 0))
+        if len(joint) >= paths.FEWEST and len(np.unique(distance)) >= 3:
             if len(joint) < len(curve.versions):
                 notes.append(f"{len(curve.versions) - len(joint)} evaluated versions left out: no KL")
             if at.min() < 0:
                 notes.append("negative KL estimates count as 0")
-            distance = np.sqrt(np.maximum(at, 0))
             return _Measured(curve=curve.at(joint), distance=distance, axis="sqrt(KL)", notes=tuple(notes))
         notes.append(
             f"KL not used: {len(joint)} evaluated versions have one, {paths.FEWEST} and one above 0 are needed"
@@ -279,7 +279,7 @@ def _laws(measured: _Measured) -> tuple[paths.Law, ...]:
     curve = measured.curve
     if curve.covariance is None or len(np.unique(measured.distance)) < 3:
         return ()
-    covariance = paths.scan.floored(curve.covariance)
+    covariance = paths.errors_of(curve)
     return tuple(paths.fit_law(name, measured.distance, curve.mean, covariance) for name in paths.LAWS)
 
 

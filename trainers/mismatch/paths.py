@@ -91,17 +91,32 @@ class _Fit:
     covariance: Array  # (p, p)
 
 
+def errors_of(curve: Curve) -> Array:
+    """Return the covariance (n, n) of a curve's errors, floored and, where prompts are few, shrunk to its diagonal.
+
+    A covariance estimated from fewer prompts than versions has no inverse; n / prompts of it is replaced. Raises
+    ValueError where it is not known or every standard error is 0.
+    """
+    if curve.covariance is None:
+        raise ValueError(f"{curve.name} has no covariance")
+    covariance = scan.floored(curve.covariance)
+    share = 1e-3 if curve.prompts is None else float(np.clip(len(covariance) / curve.prompts, 1e-3, 1))
+    return np.asarray((1 - share) * covariance + share * np.diag(np.diag(covariance)))
+
+
 def standardise(curve: Curve, distance: Array) -> Seen:
     """Bring a curve of n >= FEWEST versions, at `distance` (n,) from the base, to units of its own.
 
     Errors are widened where the second differences show that they are understated (`scan.noise_scale`). Raises
-    ValueError where the covariance is not known, every standard error is 0, or no distance is positive.
+    ValueError as `errors_of` does, or where no distance is positive.
     """
-    if curve.covariance is None or distance.max() <= 0:
-        raise ValueError(f"{curve.name}: no covariance, or nothing moved")
-    covariance = scan.floored(curve.covariance)
+    if distance.max() <= 0:
+        raise ValueError(f"{curve.name}: no distance is positive")
+    covariance = errors_of(curve)
     scale = float(scan.noise_scale(curve.mean[:, None], covariance)[-1, 0])
-    se = scale * float(np.median(np.sqrt(np.diag(covariance))))
+    variance = np.diag(covariance)
+    between = variance[1:] + variance[:-1] - 2 * np.diag(covariance, 1)  # neighbours share a part of their errors
+    se = scale * float(np.median(np.sqrt(between / 2)))
     smooth = np.convolve(curve.mean - curve.mean[0], np.full(3, 1 / 3), "valid")
     swing = float(np.hypot(np.ptp(smooth), 3 * se))
     versions = curve.versions.astype(np.float64)
