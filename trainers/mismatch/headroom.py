@@ -198,7 +198,7 @@ def _measured(series: Series) -> _Measured:
                 notes.append("negative KL estimates count as 0")
             return _Measured(curve=curve.at(joint), distance=distance, axis="sqrt(KL)", notes=tuple(notes))
         notes.append(
-            f"KL not used: {len(joint)} evaluated versions have one, {paths.FEWEST} and one above 0 are needed"
+            f"KL not used: {len(joint)} evaluated versions have one, {paths.FEWEST} are needed, three of them different"
         )
     distance = (curve.versions - curve.versions[:1]).astype(np.float64)
     return _Measured(curve=curve, distance=distance, axis=axis, notes=tuple(notes))
