@@ -246,7 +246,7 @@ class Engine:
         self.stats.in_flight += change
 
     def _worker_environment(self) -> dict[str, str]:
-        """Return what vLLM's worker, a child process, reads from its environment."""
+        """Return what vLLM's processes, children of this one, read from their environment."""
         options, environment = self.options, {OWNER: str(os.getpid())}
         if not current_platform.is_cpu():
             return environment
@@ -256,6 +256,10 @@ class Engine:
             environment["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-prob waits 12 s for a compiler
         if options.threads:
             environment["OMP_NUM_THREADS"] = str(options.threads)
+        if not options.cores:
+            # The model runs in EngineCore, as on one GPU: a process less to start, hold and talk to. vLLM wants a worker
+            # process on CPUs to set its threads, and this variable, meant for offline use, takes that back.
+            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return environment
 
     def _arguments(self) -> AsyncEngineArgs:

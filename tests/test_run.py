@@ -106,7 +106,7 @@ def kill_generator(driver: subprocess.Popen[str]) -> None:
     titles = {process: "".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
     [actor] = [p for p, title in titles.items() if p.pid in below and title.startswith("ray::Generator")]
     engine = actor.children(recursive=True)
-    assert len(engine) >= 2, engine  # EngineCore and its worker
+    assert any("EngineCore" in "".join(process.cmdline()) for process in engine), engine
     actor.kill()
     wait_until_gone(engine)
 
@@ -136,7 +136,7 @@ def test_killed_three_times_asked_to_end_and_resumed_exactly_once(tmp_path: Path
     assert second.returncode == 2 and "another launch" in second.stderr, second.stderr
     wait_for(lambda: (run / "ledger.jsonl").exists() and len(_lines(run / "ledger.jsonl")) >= 3, first, config)
     engines = [p for p in psutil.Process(first.pid).children(recursive=True) if "VLLM" in "".join(p.cmdline())]
-    assert len(engines) >= 4, engines  # an EngineCore and a worker each of generator and evaluator
+    assert len(engines) >= 2, engines  # an EngineCore each of generator and evaluator
     kill(first)
     wait_until_gone(engines)  # none lives on beside those of the resume
 
