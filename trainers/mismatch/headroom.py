@@ -246,13 +246,14 @@ def _to_budget(
 def _grid(far: float) -> Array:
     """Evaluations to come at whole steps, at most GRID of them, and one at the budget, `far` steps away."""
     count = int(np.ceil(far))
-    return np.append(np.arange(1.0, count), far) if count <= GRID else np.linspace(far / GRID, far, GRID)
+    return np.asarray(np.append(np.arange(1.0, count), far) if count <= GRID else np.linspace(far / GRID, far, GRID))
 
 
 def _rates(seen: paths.Seen) -> Array:
     """Return how fast x grew, a step, from each of the versions of the second half to the last; 0 where it fell."""
     first = len(seen.x) // 2
-    return np.maximum((seen.x[-1] - seen.x[first:-1]) / (seen.steps[-1] - seen.steps[first:-1]), 0)
+    rates = (seen.x[-1] - seen.x[first:-1]) / (seen.steps[-1] - seen.steps[first:-1])
+    return np.asarray(np.maximum(rates, 0))
 
 
 def _onward(seen: paths.Seen, steps: Array, draws: int, seed: int) -> Array:

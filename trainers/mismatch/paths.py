@@ -198,7 +198,7 @@ def _weights(names: list[str], bic: Array) -> Array:
         among = np.exp(-(bic[level] - bic[level].min()) / 2)
         weights *= (1 - LEVEL_FLOOR) / (1 - share)
         weights[level] = LEVEL_FLOOR * among / among.sum()
-    return weights
+    return np.asarray(weights)
 
 
 def _basis(name: str, x: Array, rate: float = 0.0) -> Array:
@@ -281,7 +281,9 @@ class _Hinges:
     def of(cls, seen: Seen) -> "_Hinges":
         different = np.unique(seen.x)
         inner = different[1 : -max(2, len(different) // 4)]
-        knots = np.quantile(inner, np.linspace(0, 1, min(KNOTS, len(inner)))) if len(inner) else inner
+        knots: Array = inner
+        if len(inner):
+            knots = np.asarray(np.quantile(inner, np.linspace(0, 1, min(KNOTS, len(inner)))), np.float64)
         root = np.linalg.cholesky(seen.covariance)
         columns, white = np.linalg.solve(root, _columns(seen.x, knots)), np.linalg.solve(root, seen.mean)
         weights, distance = optimize.nnls(columns, white)
