@@ -257,8 +257,8 @@ class Engine:
         if options.threads:
             environment["OMP_NUM_THREADS"] = str(options.threads)
         if not options.cores:
-            # The model runs in EngineCore, as on one GPU: a process less to start, hold and talk to. vLLM wants a worker
-            # process on CPUs to set its threads, and this variable, meant for offline use, takes that back.
+            # The model runs in EngineCore, as on one GPU: a process less to start, hold and talk to. On CPUs vLLM
+            # wants a worker process to set its threads in, unless this variable, meant for offline use, is 0.
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         return environment
 

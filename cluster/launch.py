@@ -15,11 +15,16 @@ import ray
 from actors.engine import EngineStats
 from actors.evaluator import EvaluatorActor
 from actors.weight_sync import weights_from_directory
+from cluster import report
 from cluster.cast import CLOSE_S, STARTUP_S, Cast, start_cast
 from cluster.group import EvaluatorGroup, call
 from cluster.nodes import watch_nodes
 from cluster.placement import Placement, all_ready
 from cluster.progress import Progress
+from cluster.report.build import build
+from cluster.report.figures import pictures
+from cluster.report.page import page
+from cluster.report.text import head
 from configs.errors import UserError
 from configs.schema import Recipe
 from trainers import checkpoint
@@ -31,9 +36,11 @@ from trainers.online import Actors, run
 from trainers.pins import Pins
 from trainers.records import read_evaluations
 from trainers.rundir import RunDir
+from trainers.sources import read
 from trainers.spool import read_metrics
 from trainers.tracking import Tracker
 from trainers.types import Evaluation
+from trainers.watcher import Watcher, alarm_settings
 
 log = logging.getLogger("headroom")
 
@@ -47,6 +54,7 @@ class Finished:
     evaluations: Mapping[int, Mapping[str, float]]  # version -> task/metric -> mean
     version: int
     figure: Path
+    answers: tuple[str, ...]  # of the instrument, a line each; none without evaluations
     mlflow_run_id: str | None
     seconds: float
     engines: Mapping[str, EngineStats]  # by generator; counted in this incarnation
@@ -120,9 +128,11 @@ async def _train(recipe: Recipe, rundir: RunDir) -> Finished:
             await cast.close()
         figure = draw(recipe, rundir, journal.best)
         tracker.log_figure(figure)
+        answers = tell(recipe, rundir, tracker) if journal.best else ()
         tracker.finish("KILLED" if journal.stopping() else "FINISHED")
         return Finished(
             figure=figure,
+            answers=answers,
             rundir=rundir,
             best=journal.best,
             evaluations=journal.evaluations,
@@ -140,7 +150,13 @@ async def _run(
     progress = Progress(first=version, steps=steps, primary=recipe.evaluation.primary)
     pins = Pins(rundir.path / "exports")
     pins.forget_after(version)
-    hands = Hands(save=cast.learner.save, export=cast.learner.export, gauges=cast.gauges, show=progress.show)
+    hands = Hands(
+        save=cast.learner.save,
+        export=cast.learner.export,
+        gauges=cast.gauges,
+        show=progress.show,
+        judge=Watcher(rundir.path, recipe.alarm).look,
+    )
     journal = RunJournal(
         recipe, rundir, tracker, pins, hands, version=version, position=int(meta["position"]), incarnation=incarnation
     )
@@ -217,6 +233,19 @@ def draw(recipe: Recipe, rundir: RunDir, best: tuple[int, Path] | None) -> Path:
     evaluations = {recipe.evaluation.primary: primary} if recipe.evaluation.primary and primary else {}
     path = rundir.path / "curves.png"
     return curves(path, reward, evaluations, metrics.get("kl/reference", []), best[0] if best else None)
+
+
+def tell(recipe: Recipe, rundir: RunDir, tracker: Tracker) -> tuple[str, ...]:
+    """Write the run's report, keep it in MLflow, and return what to know first. What can't be judged ends nothing."""
+    try:
+        view = build(read(str(rundir.path)), alarm_settings(recipe.alarm))
+    except UserError as error:
+        log.warning("no report: %s", error)
+        return ()
+    drawn = pictures(view)
+    path = report.write(rundir.path / "report", page(view, drawn), drawn)
+    tracker.log_report(path)
+    return (*head(view), "", f"report           {path}")
 
 
 def evaluate(recipe: Recipe, directory: str | None = None) -> Sequence[Evaluation]:

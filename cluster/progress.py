@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Mapping
 
+from trainers.mismatch import State
+
 log = logging.getLogger("headroom")
 PLAIN_EVERY_S = 10.0
 
@@ -22,8 +24,10 @@ class Progress:
         self._shown = -math.inf
         self._live = sys.stderr.isatty()
 
-    def show(self, version: int, metrics: Mapping[str, float], evaluation: float | None) -> None:
-        """Show the state after the step that produced `version`."""
+    def show(
+        self, version: int, metrics: Mapping[str, float], evaluation: float | None, state: State | None = None
+    ) -> None:
+        """Show where the run stands after the step that produced `version`; `state` as the instrument names it."""
         now = time.monotonic()
         if not self._live and now - self._shown < PLAIN_EVERY_S and version not in (self._first + 1, self._steps):
             return
@@ -32,6 +36,8 @@ class Progress:
         line = f"step {version}/{self._steps}  reward {metrics['reward/mean']:+.3f}"
         if self._primary:
             line += f"  {self._primary} {'  …   ' if evaluation is None else format(evaluation, '+.3f')}"
+        if state is not None:
+            line += f"  {state}"
         if "kl/reference" in metrics:
             line += f"  KL {metrics['kl/reference']:.4f}"
         line += f"  stale {metrics['rollout/staleness_max']:.0f}  {metrics['throughput/tokens_per_s']:.0f} tok/s"

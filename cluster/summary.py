@@ -65,6 +65,7 @@ def report(recipe: Recipe, finished: Finished) -> str:
     lines = [f"{finished.version} versions in {finished.seconds:.0f} s", "", table(recipe, finished), ""]
     if finished.evaluations:
         lines += [samples(recipe, finished)]
+    lines += finished.answers
     if finished.best:
         lines += [f"best checkpoint  {finished.best[1]}  (version {finished.best[0]} by {recipe.evaluation.primary})"]
     lines += [

@@ -4,18 +4,19 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from configs.errors import UserError
 from trainers.measured import Columns, MeasuredRun
 from trainers.mismatch import Correlation, Curve, Settings
-from trainers.mismatch.findings import Findings, find, to_json
+from trainers.mismatch.findings import Findings, to_json
 from trainers.mismatch.headroom import Headroom
 from trainers.mismatch.selection import Selected
 from trainers.rundir import content_hash
 from trainers.sources import read
 from trainers.types import InfraError
+from trainers.watcher import judge_run
 
 MEANINGS = {
     "aligned": "the evaluation is not shown to have fallen",
@@ -79,17 +80,8 @@ def _read(watch: Watch) -> MeasuredRun:
 
 
 def _show(watch: Watch, run: MeasuredRun) -> None:
-    settings = watch.settings if watch.settings.planned else replace(watch.settings, planned=run.planned)
-    version = watch.version_budget
-    if version is None and watch.kl_budget is None and not _ended(run):
-        version = run.final_version
-    findings = find(run.series, settings, kl_budget=watch.kl_budget, version_budget=version, notes=run.notes)
+    findings = judge_run(run, watch.settings, kl_budget=watch.kl_budget, version_budget=watch.version_budget)
     print(json.dumps(to_json(findings), allow_nan=False) if watch.as_json else page(run, findings), flush=True)
-
-
-def _ended(run: MeasuredRun) -> bool:
-    versions = run.series.primary.versions
-    return run.final_version is not None and len(versions) > 0 and int(versions[-1]) >= run.final_version
 
 
 def _fingerprint(run: MeasuredRun) -> str:

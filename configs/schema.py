@@ -252,6 +252,17 @@ class EvaluationConfig(Section):
     resources: Resources = Resources()
 
 
+class AlarmConfig(Section):
+    """Have reward and primary evaluation parted? Asked after each evaluation, answered from the run directory."""
+
+    alpha: float = Field(0.05, ge=0.005, lt=1)
+    """False alarms per run."""
+    margin: float | None = Field(None, ge=0)
+    """A drop that does not matter, in the primary evaluation's unit; null: 0.6 of its standard error."""
+    action: Literal["report", "stop"] = "report"
+    """stop: once the primary evaluation is found to have fallen, end as on SIGTERM, with a checkpoint."""
+
+
 class Tracking(Section):
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "headroom"
@@ -295,6 +306,7 @@ class Recipe(Section):
     reward: Reward = Reward()
     generator: GeneratorConfig = GeneratorConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    alarm: AlarmConfig = AlarmConfig()
     tracking: Tracking = Tracking()
     ray: RayConfig = RayConfig()
     sft: Offline | None = None

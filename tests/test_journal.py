@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from configs.schema import Recipe
 from trainers.buffer import Take
@@ -13,7 +14,9 @@ from trainers.checkpoint import find_latest
 from trainers.journal import Hands, RunJournal
 from trainers.pins import Pins
 from trainers.rundir import RunDir
+from trainers.tracking import Tracker
 from trainers.types import Evaluation, Group, Prompt, Rollout, StepStats, VersionSpan, Weights
+from trainers.watcher import Watcher
 
 
 class SilentTracker:
@@ -33,7 +36,11 @@ def journal_of(
     checkpoint_every: int = 4,
     every: int = 1,
     at: str = "every",
+    action: str = "report",
+    uri: str | None = None,
 ) -> RunJournal:
+    """Build the journal of a run at `version`; its tracker is real where `uri` says where to."""
+
     async def write(path: str) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
         (Path(path) / "state").write_text("weights")
@@ -48,12 +55,17 @@ def journal_of(
             "model": {"path": "m"},
             "data": {"path": "x.jsonl"},
             "evaluation": {"every": every, "tasks": [task], "primary": "held/gold"},
+            "alarm": {"action": action},
+            "tracking": {"uri": uri or "sqlite:///unused.db", "system_metrics": False},
         }
     )
-    hands = Hands(save=write, export=write, gauges=gauges, show=lambda *_: None)
-    tracker: Any = SilentTracker()
+    rundir = RunDir(where).create()
+    hands = Hands(
+        save=write, export=write, gauges=gauges, show=lambda *_: None, judge=Watcher(where, recipe.alarm).look
+    )
+    tracker: Any = SilentTracker() if uri is None else Tracker(recipe, rundir, incarnation=0)
     pins = Pins(where / "exports")
-    return RunJournal(recipe, RunDir(where).create(), tracker, pins, hands, version=version, position=0, incarnation=0)
+    return RunJournal(recipe, rundir, tracker, pins, hands, version=version, position=0, incarnation=0)
 
 
 def take(version: int) -> Take:
@@ -66,7 +78,7 @@ def take(version: int) -> Take:
         spans=(VersionSpan(start=0, stop=2, version=version - 1),),
         finish_reason="stop",
         text="",
-        reward=0.0,
+        reward=float(version),
     )
     return Take(groups=(Group(prompt=prompt, rollouts=(rollout,)),), discarded=())
 
@@ -79,10 +91,12 @@ async def step(journal: RunJournal, version: int) -> None:
     await journal.record(take(version), StepStats(loss=0, grad_norm=0, metrics={}, rng_hash=""), weights(version))
 
 
-async def evaluate(journal: RunJournal, version: int, score: float) -> None:
+async def evaluate(journal: RunJournal, version: int, score: float, prompts: int = 1) -> None:
     assert await journal.pin(weights(version))
-    scores = {"gold": np.array([score], np.float32)}
-    await journal.evaluated([Evaluation(version=version, task="held", prompt_uids=("a",), scores=scores, samples=())])
+    noise = np.random.default_rng(version).normal(0, 0.1, prompts)
+    scores = {"gold": (score + noise - noise.mean()).astype(np.float32)}
+    uids = tuple(map(str, range(prompts)))
+    await journal.evaluated([Evaluation(version=version, task="held", prompt_uids=uids, scores=scores, samples=())])
 
 
 def test_suspend_saves_the_last_step_once(tmp_path: Path) -> None:
@@ -145,3 +159,37 @@ def test_only_versions_with_a_task_are_pinned(tmp_path: Path) -> None:
 
     assert asyncio.run(pinned("every")) == [0, 2, 4, 6, 8, 9]
     assert asyncio.run(pinned("first_middle_last")) == [0, 4, 9]
+
+
+@pytest.mark.parametrize("action", ["report", "stop"])
+def test_a_fallen_evaluation_is_told_and_ends_the_run_where_the_recipe_says_so(tmp_path: Path, action: str) -> None:
+    """The reward rises to the end, gold to version 5: each judged from what the journal itself has written."""
+
+    async def main() -> list[str | None]:
+        journal = journal_of(tmp_path / "run", steps=12, action=action, uri=f"sqlite:///{tmp_path}/mlflow.db")
+        states: list[str | None] = []
+        await evaluate(journal, 0, 0.0, prompts=50)
+        for version in range(1, 13):
+            await step(journal, version)
+            await evaluate(journal, version, float(min(version, 10 - version)), prompts=50)
+            states.append(journal.state)
+            if journal.stopping():
+                break
+        return states
+
+    states = asyncio.run(main())
+    assert states[4] == "aligned" and states[-1] == "parted"
+    assert len(states) == (12 if action == "report" else states.index("parted") + 1)
+
+
+def test_what_cannot_be_judged_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        journal = journal_of(tmp_path)  # its tracker writes nothing
+        await step(journal, 1)
+        await evaluate(journal, 1, 0.0)
+        await step(journal, 2)
+        await evaluate(journal, 2, 0.0)
+        assert journal.state is None and not journal.stopping()
+
+    asyncio.run(main())
+    assert sum("alarm: nothing is said" in line for line in caplog.messages) == 1, "once is enough"

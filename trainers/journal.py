@@ -16,6 +16,8 @@ from trainers.batch import rollout_metrics
 from trainers.buffer import Take
 from trainers.evaluations import due_versions, milestones
 from trainers.ledger import Entry, Ledger
+from trainers.mismatch import State
+from trainers.mismatch.findings import Findings
 from trainers.pins import Pins, best_version
 from trainers.rundir import RunDir
 from trainers.tracking import Tracker
@@ -32,7 +34,8 @@ class Hands:
     save: Callable[[str], Awaitable[None]]  # the learner's state below a directory
     export: Callable[[str], Awaitable[None]]  # the policy in HF format
     gauges: Callable[[], Awaitable[Mapping[str, float]]]  # busy times, sync, counters
-    show: Callable[[int, Mapping[str, float], float | None], None]  # the progress line
+    show: Callable[[int, Mapping[str, float], float | None, State | None], None]  # the progress line
+    judge: Callable[[], Awaitable[Findings | None]]  # what the instrument says of the run directory as it is now
 
 
 class RunJournal:
@@ -65,6 +68,7 @@ class RunJournal:
         self._evaluated: dict[int, dict[str, float]] = {}
         self._pins = pins
         self.latest: float | None = None
+        self.state: State | None = None  # of reward and primary evaluation, as last judged
 
     def stop(self) -> None:
         """Ask the run to end: after the current step if one is being trained, with a checkpoint."""
@@ -105,7 +109,7 @@ class RunJournal:
         )
         metrics = await self._measure(take, stats, weights)
         self._tracker.log_metrics(weights.version, metrics)
-        self._hands.show(weights.version, metrics, self.latest)
+        self._hands.show(weights.version, metrics, self.latest, self.state)
         if weights.version % SAMPLES_EVERY == 0 or weights.version == 1:
             self._tracker.log_samples(weights.version, sample_rows(take))
         if weights.version % self._recipe.run.checkpoint_every == 0 or weights.version == self._recipe.run.steps:
@@ -163,10 +167,27 @@ class RunJournal:
             return
         self._tracker.log_evaluations(results)
         self._note(results)
+        await self._judge()
         pending = set(self._pins.versions()) - self._evaluated.keys()
         safe = {version: score for version, score in self._primary.items() if version <= self._saved}
         last = self._recipe.run.steps
         self._pins.keep_only({*pending, last, best_version(self._primary), best_version(safe)})
+
+    async def _judge(self) -> None:
+        """Ask whether reward and primary evaluation have parted, and act on it as the recipe says."""
+        if not self._primary or not self._version:
+            return  # no reward has been measured before the first step
+        findings = await self._hands.judge()
+        if findings is None:
+            return
+        verdict = findings.verdict
+        if verdict.state is not None and verdict.state != self.state:
+            log.info("state: %s since version %s", verdict.state, verdict.since_version)
+        self.state = verdict.state
+        self._tracker.log_tags({"alarm.state": str(verdict.state), "alarm.since_version": str(verdict.since_version)})
+        if self._recipe.alarm.action == "stop" and verdict.primary.fallen and not self.stopping():
+            log.warning("alarm.action is stop: ending with a checkpoint")
+            self.stop()
 
     def recall(self, results: Mapping[int, Sequence[Evaluation]]) -> list[int]:
         """Take over an earlier incarnation's evaluations; return the versions it pinned but never evaluated."""

@@ -16,7 +16,16 @@ import yaml
 from configs.errors import UserError
 
 # What a resumed run may change: none of it alters what the steps already taken mean.
-FREE_KEYS = ("run.name", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.dir", "tracking", "ray")
+FREE_KEYS = (
+    "run.name",
+    "run.steps",
+    "run.checkpoint_every",
+    "run.keep_checkpoints",
+    "run.dir",
+    "tracking",
+    "ray",
+    "alarm",
+)
 SHOWN_CHANGES = 6
 
 

@@ -262,6 +262,10 @@ class Tracker:
         """Keep a picture that lies in the run directory."""
         self._file(path, "figures")
 
+    def log_report(self, path: Path) -> None:
+        """Keep a page about the run that lies in its directory."""
+        self._file(path, "report")
+
     def log_checkpoint(self, path: Path, version: int, **tags: str) -> None:
         """Register a checkpoint where it lies; nothing is copied."""
         self._files.append([{

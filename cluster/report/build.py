@@ -1,15 +1,15 @@
 """From a run that was read to what its report shows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.report.view import Choice, Estimate, Sample, View, Warned, percent
 from trainers.measured import EarlyWarning, MeasuredRun
 from trainers.mismatch import Settings, correlate, selection
 from trainers.mismatch.correlation import WINDOW
-from trainers.mismatch.findings import find
 from trainers.mismatch.headroom import Headroom
+from trainers.watcher import judge_run
 
 SHOWN_SAMPLES = 8
 
@@ -27,13 +27,8 @@ def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | N
 
     The plan of the run's own recipe counts where `settings` has none. Raises UserError as the instrument does.
     """
-    settings, budget = settings or Settings(), budget or Budget()
-    if settings.planned is None:
-        settings = replace(settings, planned=run.planned)
-    version = budget.version
-    if version is None and budget.kl is None and not _ended(run):
-        version = run.final_version
-    found = find(run.series, settings, kl_budget=budget.kl, version_budget=version, notes=run.notes)
+    budget = budget or Budget()
+    found = judge_run(run, settings, kl_budget=budget.kl, version_budget=budget.version)
     chosen, room = _chosen(found.selected), found.headroom
     on_cards = (f"chosen version: {chosen.note}", f"headroom: {room.reason}")
     return View(
@@ -53,11 +48,6 @@ def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | N
         seconds=run.seconds,
         notes=tuple(reason for reason in found.reasons if reason not in on_cards),
     )
-
-
-def _ended(run: MeasuredRun) -> bool:
-    versions = run.series.primary.versions
-    return run.final_version is not None and len(versions) > 0 and int(versions[-1]) >= run.final_version
 
 
 def _chosen(found: selection.Selected) -> Choice:

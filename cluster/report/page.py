@@ -65,11 +65,11 @@ def summary(view: View) -> Element:
         element("div", f"{name} {unbroken(interval(chosen.value))}", class_="value"),
         element("p", f"95 % interval of the {chosen.value.of}", class_="soft"),
     ]  # fmt: skip
-    note = [element("p", chosen.note)] if chosen.note else []
+    note = [element("p", chosen.note, class_="soft")] if chosen.note else []
     cards.append(card("checkpoint", "Checkpoint", element("div", take, class_="big"), *said, *note))
     room = view.headroom
     left = unbroken(interval(room)).capitalize() if room else "Not identified"
-    why = [element("p", view.no_headroom)] if view.no_headroom else []
+    why = [element("p", view.no_headroom, class_="soft")] if view.no_headroom else []
     of = [element("p", room.of, class_="soft")] if room else []
     cards.append(card("headroom", "Headroom left", element("div", left, class_="big"), *of, *why))
     return element("div", cards, class_="cards")
