@@ -47,6 +47,24 @@ class EngineStats:
     in_flight: int = 0
 
 
+def environment(options: EngineOptions, *, cpu: bool) -> dict[str, str]:
+    """Return what vLLM's processes, children of the one that starts them, read from their environment."""
+    variables = {OWNER: str(os.getpid())}
+    if not cpu:
+        return variables
+    binding = ",".join(map(str, options.cores)) or "nobind"
+    variables |= {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": binding}  # CI_ENV: no warm-up
+    if options.engine.get("enforce_eager", True):
+        variables["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-prob waits 12 s for a compiler
+    if options.threads:
+        variables["OMP_NUM_THREADS"] = str(options.threads)
+    if not options.cores:
+        # The model runs in EngineCore, as on one GPU: a process less to start, hold and talk to. On CPUs vLLM wants a
+        # worker process to set its threads in, unless this variable, meant for offline use, is 0.
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return variables
+
+
 def sample_seed(run: str, uid: str, sample: int) -> int:
     """Return the 31-bit seed of one sample: a hash, so that neighbouring prompts share no seeds."""
     digest = hashlib.sha256(f"{run}\0{uid}\0{sample}".encode()).digest()

@@ -26,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from actors.engine import OWNER, EngineOptions, EngineStats, sample_seed, shortened
+from actors.engine import EngineOptions, EngineStats, environment, sample_seed, shortened
 from actors.weight_sync import BACKEND, WORKER_EXTENSION, Mailbox, NcclGroup, fetch, load_weights, register_with_vllm
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
 
@@ -62,7 +62,7 @@ class Engine:
         """Start vLLM's processes with random weights; return when they answer. Raises InfraError."""
         arguments, counts = self._arguments(), [_scheduler_counts(self.stats)]
         try:
-            with _environment(self._worker_environment()):
+            with _environment(environment(self.options, cpu=current_platform.is_cpu())):
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=counts)
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
@@ -244,23 +244,6 @@ class Engine:
             self.stats.waiting_s += now - self._changed
         self._changed = now
         self.stats.in_flight += change
-
-    def _worker_environment(self) -> dict[str, str]:
-        """Return what vLLM's processes, children of this one, read from their environment."""
-        options, environment = self.options, {OWNER: str(os.getpid())}
-        if not current_platform.is_cpu():
-            return environment
-        binding = ",".join(map(str, options.cores)) or "nobind"
-        environment |= {"VLLM_CPU_CI_ENV": "1", "VLLM_CPU_OMP_THREADS_BIND": binding}  # CI_ENV: no warm-up
-        if options.engine.get("enforce_eager", True):
-            environment["TORCHDYNAMO_DISABLE"] = "1"  # else the first log-prob waits 12 s for a compiler
-        if options.threads:
-            environment["OMP_NUM_THREADS"] = str(options.threads)
-        if not options.cores:
-            # The model runs in EngineCore, as on one GPU: a process less to start, hold and talk to. On CPUs vLLM
-            # wants a worker process to set its threads in, unless this variable, meant for offline use, is 0.
-            environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        return environment
 
     def _arguments(self) -> AsyncEngineArgs:
         options = self.options
