@@ -11,28 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
 import pytest
-from mlflow.entities import Metric, Param
 
 from cluster.__main__ import main
 from cluster.watch import Watch, follow
-from configs.schema import Recipe
-from trainers.ledger import Entry, Ledger
 from trainers.measured import Columns
 from trainers.mismatch import Settings, from_scores, judge
 from trainers.mismatch.headroom import headroom_within
-from trainers.rundir import RunDir
-from trainers.sources import read, read_all
-from trainers.tracking import Tracker
-from trainers.types import Evaluation
+from trainers.sources import read
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "mlflow", "pandas")
 GOLD = (0.0, 0.4, 0.7, 0.9, 1.0, 1.0, 0.8, 0.5, 0.1, -0.4)  # at versions 0, 10, …: its peak is at 50
-STORE = "sqlite:///mlflow.db"
-TRL_EVAL = "eval_rewards/gold/mean"
 
 
 def csv(rows: int = 10, header: str = "version,reward,kl,gold,gold_se") -> str:
@@ -321,122 +312,3 @@ sys.exit(main(["watch", "run.csv", "--json", "--every", "0.05"]))
         running.send_signal(signal.SIGINT)
         assert running.stdout.read() == "" and running.stderr.read() == ""
     assert running.returncode == 130
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Make a directory with a run of Headroom, in `run` and in MLflow, and runs as TRL's trainer logs them."""
-    root = tmp_path_factory.mktemp("store")
-    uri = f"sqlite:///{root}/mlflow.db"
-    client = mlflow.MlflowClient(uri)
-    for name in ("headroom", "trl", "empty"):
-        client.create_experiment(name, artifact_location=(root / name).as_uri())
-    before = mlflow.get_tracking_uri()
-    headroom_run(root / "run", uri)
-    mlflow.set_tracking_uri(before)
-    [experiment] = client.search_experiments(filter_string="name = 'trl'")
-    for name in ("grpo", "again", "again"):
-        run_id = client.create_run(experiment.experiment_id, run_name=name).info.run_id
-        points = [Metric(key, value, 1000 + step, step) for step in range(100) for key, value in trl(step).items()]
-        client.log_batch(run_id, points, [Param("learning_rate", "1e-06")])
-        client.set_terminated(run_id)
-    return root
-
-
-def trl(step: int) -> dict[str, float]:
-    """What transformers' MLflow callback sends at a step of GRPOTrainer with a second, unweighted reward function."""
-    metrics = {"reward": step / 100, "reward_std": 0.3, "kl": step / 500, "entropy": 2.0, "loss": 0.0}
-    if step % 10 == 0:
-        metrics |= {"eval_reward": step / 100, TRL_EVAL: GOLD[step // 10], "eval_rewards/gold/std": 0.5}
-        metrics |= {f"{TRL_EVAL}_se": 0.05, "eval_loss": 0.0}
-    return metrics
-
-
-def headroom_run(path: Path, uri: str) -> None:
-    """Write a run directory as a training does: killed after version 60, resumed from 50 on."""
-    recipe = Recipe.model_validate(
-        {
-            "run": {"name": "mine", "steps": 90},
-            "model": {"path": "some/model"},
-            "data": {"path": "some/data"},
-            "sampling": {"max_tokens": 48},
-            "evaluation": {"every": 10, "primary": "task/gold"},
-            "tracking": {"uri": uri, "experiment": "headroom", "system_metrics": False},
-        }
-    )
-    rundir = RunDir(path).create()
-    for incarnation, versions in enumerate((range(0, 61), range(51, 91))):
-        if incarnation:
-            Ledger(rundir.ledger).roll_back(50)
-        with Tracker(recipe, rundir, incarnation=incarnation) as tracker:
-            for version in versions:
-                if version:
-                    Ledger(rundir.ledger).append(step_of(version, incarnation))
-                tracker.log_metrics(version, {"reward/mean": version / 100 - incarnation, "time/step": 1.0})
-                tracker.log_metrics(version, {"kl/reference": version / 500, "policy/entropy": float("nan")})
-                if version % 10 == 0:
-                    tracker.log_evaluations([evaluation(version, shift=5.0 * (incarnation == 0 and version > 50))])
-            tracker.finish(deadline_s=120)
-
-
-def step_of(version: int, incarnation: int) -> Entry:
-    return Entry(
-        step=version, version=version, prompts=(f"p{version}",), rollouts=(), loss=0.0, grad_norm=0.0,
-        weights_hash="", rng_hash="", incarnation=incarnation,
-    )  # fmt: skip
-
-
-def evaluation(version: int, shift: float) -> Evaluation:
-    gold = scores()[version // 10] + shift
-    length = np.full(200, 10.0 + version)
-    return Evaluation(
-        version=version,
-        task="task",
-        prompt_uids=tuple(f"e0-p{i}" for i in range(200)),
-        scores={"length": length.astype(np.float32), "gold": gold.astype(np.float32)},
-        samples=({"uid": "e0-p0-s0", "prompt": "p", "completion": f"answer {version}", "gold": float(gold[0])},),
-    )
-
-
-@pytest.mark.slow
-def test_a_run_of_headroom_says_the_same_from_its_directory_and_from_mlflow(
-    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(store)
-    found = answers(["run"], capsys)
-    assert found["state"] == "broken" and found["evaluation"] == "task/gold"
-    assert found["evaluated_versions"] == list(range(0, 91, 10)) and found["reward"] == "reward/mean"
-    run_id = (store / "run" / "mlflow_run_id").read_text().strip()
-    assert answers([f"mlflow:{run_id}"], capsys) == found
-    assert answers(["mine", "--tracking-uri", STORE], capsys) == found
-    here, there = read("run"), read(f"mlflow:{run_id}")
-    np.testing.assert_allclose(here.series.primary.mean, scores().mean(1), atol=1e-6)
-    assert here.series.reward.mean[50] == pytest.approx(0.50) and here.series.reward.mean[51] == pytest.approx(-0.49)
-    for run in (here, there):
-        assert (run.planned, run.final_version) == (10, 90) and run.name == "mine" and run.seconds == 91
-        assert [early.curve.name for early in run.early_warnings] == ["policy/entropy", "task/length"]
-        assert run.samples[60][0]["completion"] == "answer 60" and run.params["run.steps"] == "90"
-    assert here.evaluation_hash == there.evaluation_hash is not None
-    assert here.params == there.params
-
-
-@pytest.mark.slow
-def test_a_run_of_trl_is_judged(
-    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(store)
-    found = answers(["mlflow:grpo", "--eval", TRL_EVAL], capsys)
-    assert (found["state"], found["evaluation"], found["reward"]) == ("parted", TRL_EVAL, "reward")
-    run = read("mlflow:grpo", Columns(evaluations=(TRL_EVAL,)))
-    assert run.series.kl is not None and len(run.series.reward.versions) == 100
-    assert run.params == {"learning_rate": "1e-06"} and run.seconds is not None
-    assert {early.curve.name for early in run.early_warnings} == {"reward_std", "entropy"}
-    assert [one.name for one in read_all("mlflow:trl")] == ["again", "again", "grpo"]
-    refused(["watch", "mlflow:again", "--once"], ["2 runs are called again", "by its id"], capsys)
-    refused(["watch", "mlflow:none", "--once"], ["no run or experiment none", "headroom", "trl"], capsys)
-    refused(["watch", "mlflow:empty", "--once"], ["experiment empty", "no runs"], capsys)
-    refused(["watch", "mlflow:grpo", "--eval", "golb", "--once"], ["--eval", "golb", TRL_EVAL], capsys)
-    refused(
-        ["watch", "mlflow:grpo", "--once", "--tracking-uri", "sqlite:///no.db"], ["no MLflow store", "no.db"], capsys
-    )
-    assert not (store / "no.db").exists()
