@@ -11,12 +11,11 @@ from cluster.__main__ import main
 from cluster.compare import Compared, compare, page, pictures, spread, text
 from cluster.report.view import Choice, View, interval
 from configs.errors import UserError
-from tests import test_watch
 from tests.simulated import view
 from tests.test_report import EVIL, Parsed
+from tests.test_watch import csv, refused
 from trainers.mismatch import Series, from_means
 
-store = test_watch.store
 NOTHING = Choice(rule="chosen", version=None, value=None, note="not enough")
 PARTED, PLATEAU = view("kink middle drop 6"), view("null plateau")
 
@@ -152,30 +151,13 @@ def test_two_tables_are_compared_on_the_command_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        Path(f"{name}.csv").write_text(test_watch.csv())
+        Path(f"{name}.csv").write_text(csv())
     assert main(["compare", "a.csv", "--output", "out", "b.csv"]) == 0
     printed = capsys.readouterr().out
     assert "no evaluation hash is known of a, b" in printed and printed.endswith("out/comparison.html\n")
     assert {path.name for path in Path("out").iterdir()} == {"comparison.html", "rewards.png", "evaluations.png"}
-    test_watch.refused(["compare", "a.csv"], ["two runs or more"], capsys)
-    test_watch.refused(["compare"], ["two runs or more", "none"], capsys)
-    test_watch.refused(["compare", "a.csv", "c.csv"], ["c.csv", "no such file"], capsys)
-    test_watch.refused(["compare", "a.csv", "b.csv", "--group", "reward", "--output", "no"], ["--group reward"], capsys)
+    refused(["compare", "a.csv"], ["two runs or more"], capsys)
+    refused(["compare"], ["two runs or more", "none"], capsys)
+    refused(["compare", "a.csv", "c.csv"], ["c.csv", "no such file"], capsys)
+    refused(["compare", "a.csv", "b.csv", "--group", "reward", "--output", "no"], ["--group reward"], capsys)
     assert not Path("no").exists()
-
-
-@pytest.mark.slow
-def test_reports_and_comparisons_of_runs_in_mlflow(
-    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(store)
-    assert main(["report", "mlflow:mine"]) == 0
-    assert "Broken since version" in capsys.readouterr().out
-    shown = Parsed(Path("report-mine/report.html").read_text(encoding="utf-8"))
-    for words in ("answer 0", "answer 90", "policy/entropy", "run.steps", "200", "task/gold"):
-        assert words in shown.text, words
-    assert main(["report", "mlflow:grpo", "--eval", test_watch.TRL_EVAL, "--text"]) == 0
-    assert "Parted since version" in capsys.readouterr().out and not Path("report-grpo").exists()
-    assert main(["compare", "--experiment", "trl", "--eval", test_watch.TRL_EVAL]) == 0
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in ("again #1", "again #2", "grpo", "3 parted"))

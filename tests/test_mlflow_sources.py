@@ -1,4 +1,4 @@
-"""`headroom watch` on runs in MLflow: Headroom's own, and those of a trainer that logs as TRL's does."""
+"""`headroom watch`, `report`, `compare` on runs in MLflow: Headroom's own, and those logged as TRL's trainer does."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from mlflow.entities import Metric, Param
 
+from cluster.__main__ import main
 from configs.schema import Recipe
+from tests.test_report import Parsed
 from tests.test_watch import GOLD, answers, refused, scores
 from trainers.ledger import Entry, Ledger
 from trainers.measured import Columns
@@ -137,3 +139,20 @@ def test_a_run_of_trl_is_judged(
         ["watch", "mlflow:grpo", "--once", "--tracking-uri", "sqlite:///no.db"], ["no MLflow store", "no.db"], capsys
     )
     assert not (store / "no.db").exists()
+
+
+@pytest.mark.slow
+def test_reports_and_comparisons_of_runs_in_mlflow(
+    store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(store)
+    assert main(["report", "mlflow:mine"]) == 0
+    assert "Broken since version" in capsys.readouterr().out
+    shown = Parsed(Path("report-mine/report.html").read_text(encoding="utf-8"))
+    for words in ("answer 0", "answer 90", "policy/entropy", "run.steps", "200", "task/gold"):
+        assert words in shown.text, words
+    assert main(["report", "mlflow:grpo", "--eval", TRL_EVAL, "--text"]) == 0
+    assert "Parted since version" in capsys.readouterr().out and not Path("report-grpo").exists()
+    assert main(["compare", "--experiment", "trl", "--eval", TRL_EVAL]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("again #1", "again #2", "grpo", "3 parted"))
