@@ -8,12 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cluster.report.build import build
+from cluster.report.figures import pictures
+from cluster.report.page import page
 from configs.schema import Recipe
 from trainers.buffer import Take
 from trainers.checkpoint import find_latest
 from trainers.journal import Hands, RunJournal
 from trainers.pins import Pins
 from trainers.rundir import RunDir
+from trainers.sources import read
 from trainers.tracking import Tracker
 from trainers.types import Evaluation, Group, Prompt, Rollout, StepStats, VersionSpan, Weights
 from trainers.watcher import Watcher
@@ -193,3 +197,18 @@ def test_what_cannot_be_judged_ends_nothing(tmp_path: Path, caplog: pytest.LogCa
 
     asyncio.run(main())
     assert sum("alarm: nothing is said" in line for line in caplog.messages) == 1, "once is enough"
+
+
+def test_two_planned_evaluations_are_too_few_and_no_mistake(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        journal = journal_of(tmp_path / "run", steps=2, every=2, uri=f"sqlite:///{tmp_path}/mlflow.db")
+        await evaluate(journal, 0, 0.0, prompts=50)
+        for version in (1, 2):
+            await step(journal, version)
+        await evaluate(journal, 2, 1.0, prompts=50)
+        assert journal.state is None
+
+    asyncio.run(main())
+    assert not any("nothing is said" in line for line in caplog.messages)
+    view = build(read(str(tmp_path / "run")))
+    assert "not enough" in page(view, pictures(view)).lower() and view.chosen.version is None

@@ -10,6 +10,7 @@ from configs.errors import UserError
 from configs.schema import AlarmConfig
 from trainers.measured import MeasuredRun
 from trainers.mismatch import Settings
+from trainers.mismatch.alarm import FEWEST
 from trainers.mismatch.findings import Findings, find
 from trainers.sources import read
 
@@ -29,7 +30,7 @@ def judge_run(
     Raises UserError as `find` does.
     """
     settings = settings or Settings()
-    if settings.planned is None:
+    if settings.planned is None and run.planned is not None and run.planned >= FEWEST:
         settings = replace(settings, planned=run.planned)
     versions = run.series.primary.versions
     ended = run.final_version is None or (len(versions) > 0 and int(versions[-1]) >= run.final_version)
