@@ -40,7 +40,7 @@ from trainers.sources import read
 from trainers.spool import read_metrics
 from trainers.tracking import Tracker
 from trainers.types import Evaluation
-from trainers.watcher import Watcher, alarm_settings
+from trainers.watcher import UNJUDGED, Watcher, alarm_settings
 
 log = logging.getLogger("headroom")
 
@@ -239,11 +239,11 @@ def tell(recipe: Recipe, rundir: RunDir, tracker: Tracker) -> tuple[str, ...]:
     """Write the run's report, keep it in MLflow, and return what to know first. What can't be judged ends nothing."""
     try:
         view = build(read(str(rundir.path)), alarm_settings(recipe.alarm))
-    except UserError as error:
+        drawn = pictures(view)
+        path = report.write(rundir.path / "report", page(view, drawn), drawn)
+    except UNJUDGED as error:
         log.warning("no report: %s", error)
         return ()
-    drawn = pictures(view)
-    path = report.write(rundir.path / "report", page(view, drawn), drawn)
     tracker.log_report(path)
     return (*head(view), "", f"report           {path}")
 

@@ -35,10 +35,11 @@ def view(family: str = "kink middle drop 6", points: int = 10, seed: int = 0, **
     """Build the view of one simulated run; the smoothed best and its rivals are read off the measured means."""
     of = series(family, points, seed)
     gold = of.primary
-    assert gold.se is not None and of.kl is not None
+    errors = gold.se
+    assert errors is not None and of.kl is not None
 
     def choice(rule: str, place: int) -> Choice:
-        mean, half, at = float(gold.mean[place]), 1.96 * float(gold.se[place]), int(gold.versions[place])  # type: ignore[index]
+        mean, half, at = float(gold.mean[place]), 1.96 * float(errors[place]), int(gold.versions[place])
         value = Estimate(value=mean, low=mean - half, high=mean + half, of=f"true mean of {gold.name} at version {at}")
         return Choice(rule=rule, version=at, value=value)
 

@@ -212,3 +212,20 @@ def test_two_planned_evaluations_are_too_few_and_no_mistake(tmp_path: Path, capl
     assert not any("nothing is said" in line for line in caplog.messages)
     view = build(read(str(tmp_path / "run")))
     assert "not enough" in page(view, pictures(view)).lower() and view.chosen.version is None
+
+
+def test_numerics_that_fail_end_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def singular(*_: Any) -> None:
+        raise np.linalg.LinAlgError("Singular matrix")
+
+    async def main() -> None:
+        journal = journal_of(tmp_path / "run", uri=f"sqlite:///{tmp_path}/mlflow.db")
+        await step(journal, 1)
+        await evaluate(journal, 1, 0.0, prompts=50)
+        assert journal.state is None and not journal.stopping()
+
+    monkeypatch.setattr("trainers.watcher.judge_run", singular)
+    asyncio.run(main())
+    assert any("nothing is said: Singular matrix" in line for line in caplog.messages)

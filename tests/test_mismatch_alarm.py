@@ -1,6 +1,7 @@
 """The alarm: its boundary, its error rates in small simulations of fixed seed, its states and its invariances."""
 
 import functools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,9 +185,10 @@ def test_a_standard_error_of_zero_is_floored_by_those_so_far() -> None:
 def test_settings_and_plans_are_checked() -> None:
     with pytest.raises(UserError, match="10 evaluated versions, 5 were planned"):
         judge(series(np.zeros(POINTS), np.zeros(POINTS)), Settings(planned=5))
-    for wrong in ({"alpha": 0.0}, {"margin": -1.0}, {"planned": 2}, {"runs": 10}, {"power": 1.0}):
+    wrong: list[dict[str, Any]] = [{"alpha": 0.0}, {"margin": -1.0}, {"planned": 2}, {"runs": 10}, {"power": 1.0}]
+    for values in wrong:
         with pytest.raises(UserError):
-            Settings(**wrong)  # type: ignore[arg-type]
+            Settings(**values)
 
 
 @settings(max_examples=8, deadline=None)

@@ -167,7 +167,8 @@ class TrainEngine:
         self.rank, self.world_size = process.rank, process.world_size
         self.zero = config.zero
         if config.gradient_checkpointing:
-            model.hf.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator, union-attr]
+            hf: Any = model.hf  # an HF model, which nn.Module's type does not tell
+            hf.gradient_checkpointing_enable({"use_reentrant": False})
         rate = config.optimizer
         self.model, self.optimizer, _, self.scheduler = deepspeed.initialize(
             model=model,

@@ -15,6 +15,9 @@ from trainers.mismatch.findings import Findings, find
 from trainers.sources import read
 
 log = logging.getLogger("headroom")
+# What judging a run may meet: a mistake in what it logged, files that can't be read or written, and numerics (numpy's
+# LinAlgError is a ValueError). Training goes on without an answer, and the trouble is told.
+UNJUDGED = (UserError, OSError, ValueError, ArithmeticError)
 
 
 def judge_run(
@@ -56,7 +59,7 @@ class Watcher:
         """Judge what the directory holds now, in a thread; None, and a warning, if that cannot be read."""
         try:
             return await asyncio.to_thread(self._judge)
-        except UserError as error:
+        except UNJUDGED as error:
             if str(error) != self._told:
                 log.warning("alarm: nothing is said: %s", error)
             self._told = str(error)
