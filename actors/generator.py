@@ -32,6 +32,8 @@ from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, R
 
 register_with_vllm()
 PROBE_TOKENS = 16  # of an answer that is to span a load: enough to be unfinished when vLLM has paused
+PROBE_PLACES = 3  # after a load: the rest of that answer, the probe's prompt and a fresh answer
+CPU_BLOCK = 32  # tokens; vLLM's 128 on CPUs is longer than most prompts, and only whole blocks are shared
 
 
 class WorkerExtension:
@@ -42,8 +44,8 @@ class Engine:
     """vLLM's AsyncLLM with a policy version: what generator and evaluator share.
 
     At most `max_num_seqs` requests are handed to vLLM at once and none while weights load, so each request is
-    salted with the version whose KV blocks it may reuse. One of these places is kept for probes: a load waits for
-    their answers, and training for the load.
+    salted with the version whose KV blocks it may reuse. Some of these places are kept for probes: training waits
+    for their answers.
     """
 
     def __init__(self, options: EngineOptions) -> None:
@@ -52,7 +54,7 @@ class Engine:
         self.version = -1  # nothing loaded
         self.broken: str | None = None
         self._llm: AsyncLLM | None = None
-        self._slots = self._probe_slot = asyncio.Semaphore(1)
+        self._slots = self._probe_slots = asyncio.Semaphore(1)
         self._open = asyncio.Event()
         self._loading = asyncio.Lock()
         self._serial = 0  # a retried sample needs a fresh request id
@@ -67,8 +69,9 @@ class Engine:
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
         places = self._engine.vllm_config.scheduler_config.max_num_seqs
-        self._slots = asyncio.Semaphore(max(1, places - 1))
-        self._probe_slot = asyncio.Semaphore(1) if places > 1 else self._slots
+        kept = min(PROBE_PLACES, places - 1)
+        self._slots = asyncio.Semaphore(places - kept)
+        self._probe_slots = asyncio.Semaphore(kept) if kept else self._slots
         self._changed = time.monotonic()
         self._open.set()
 
@@ -119,20 +122,26 @@ class Engine:
             raise InfraError(f"weights of version {version} cannot be read from {path}: {error}") from error
         await self._load(version, {"path": str(path)})
 
-    async def across(self, prompt: Prompt, sampling: Sampling, load: Coroutine[Any, Any, None]) -> Rollout | None:
-        """Run `load` while a probe is being answered; return the answer if it does span both versions."""
+    async def across(
+        self, prompt: Prompt, sampling: Sampling, load: Coroutine[Any, Any, None]
+    ) -> asyncio.Task[Rollout | None]:
+        """Run `load` while a probe is being answered; return the answer to come, None if it misses a version."""
         begun = asyncio.Event()
-        extra = {"output_kind": RequestOutputKind.CUMULATIVE, "ignore_eos": True}
-        whole = replace(sampling, stop=(), extra={**sampling.extra, **extra})
-        answer = asyncio.create_task(self._sample(prompt, whole, 0, True, begun))
+        answer = asyncio.create_task(self._spanning(prompt, sampling, begun))
         answer.add_done_callback(lambda _: begun.set())  # also if it failed
         try:
             await begun.wait()
             await load
-            rollout = await answer
-        finally:
+        except BaseException:
             answer.cancel()
             await asyncio.gather(answer, return_exceptions=True)
+            raise
+        return answer
+
+    async def _spanning(self, prompt: Prompt, sampling: Sampling, begun: asyncio.Event) -> Rollout | None:
+        extra = {"output_kind": RequestOutputKind.CUMULATIVE, "ignore_eos": True}
+        whole = replace(sampling, stop=(), extra={**sampling.extra, **extra})
+        rollout = await self._sample(prompt, whole, 0, True, begun)
         return rollout if len([span for span in rollout.spans if span.stop > span.start]) > 1 else None
 
     async def join(self, group: NcclGroup, rank_offset: int) -> None:
@@ -218,7 +227,7 @@ class Engine:
         self, uid: str, ids: Ints, sampling: VllmSampling, probe: bool, begun: asyncio.Event | None = None
     ) -> tuple[int, RequestOutput]:
         """Return the version whose KV blocks the request could reuse, and vLLM's final output."""
-        async with self._probe_slot if probe else self._slots:
+        async with self._probe_slots if probe else self._slots:
             await self._open.wait()
             version = self.version
             prompt = TokensPrompt(prompt_token_ids=ids.tolist(), cache_salt=f"version {version}")
@@ -259,7 +268,8 @@ class Engine:
             "disable_log_stats": True,
         }
         if current_platform.is_cpu():
-            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": int(options.kv_cache_gb * 2**30)}
+            memory = int(options.kv_cache_gb * 2**30)
+            arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": memory, "block_size": CPU_BLOCK}
             # Never split a prompt: vLLM 0.32 then dies on CPU if the request has a seed.
             arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(2048, options.max_length)}
         return AsyncEngineArgs(**(arguments | dict(options.engine)))
@@ -272,6 +282,7 @@ class Generator:
         self._engine = Engine(options)
         self._sampling = sampling
         self._mailbox = Mailbox(options.run)
+        self._answer: asyncio.Task[Rollout | None] | None = None
 
     async def start(self) -> None:
         """Start vLLM; see `Engine.start`."""
@@ -281,18 +292,23 @@ class Generator:
         """Sample one group; see `Engine.generate` for the errors."""
         return await self._engine.generate(prompt, sampling or self._sampling, probe=probe)
 
-    async def load(self, weights: Weights, probe: Prompt | None = None) -> Rollout | None:
+    async def load(self, weights: Weights, probe: Prompt | None = None) -> None:
         """Sample from `weights` from now on; see `Engine.load` for the errors.
 
-        Returns an answer to `probe` that spans both versions, if there was one; never where loads drain.
+        With a `probe`, `spanning` then has an answer to it that was begun before the load; never where loads drain.
         """
         in_flight = self._engine.options.update == "in_flight" and 0 <= self._engine.version < weights.version
         if probe is None or not in_flight:
             await load_weights(self._engine, weights, self._mailbox)
-            return None
+            return
         await fetch(weights, self._mailbox)  # or the probe would be over before the load begins
         load = load_weights(self._engine, weights, self._mailbox)
-        return await self._engine.across(probe, shortened(self._sampling, PROBE_TOKENS), load)
+        self._answer = await self._engine.across(probe, shortened(self._sampling, PROBE_TOKENS), load)
+
+    async def spanning(self) -> Rollout | None:
+        """Return, once, the answer that spans the last load, if there is one; see `Engine.generate` for the errors."""
+        answer, self._answer = self._answer, None
+        return await answer if answer else None
 
     async def join(self, group: NcclGroup, rank_offset: int) -> None:
         """Enter the learner's nccl group."""

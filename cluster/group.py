@@ -76,20 +76,22 @@ class GeneratorGroup:
     async def load(self, weights: Weights) -> None:
         """Load `weights` on every replica, and measure how far each is from the learner on the probe."""
         began = time.monotonic()
-        probe = dataclasses.replace(self._probe, uid=f"mixed-v{weights.version}")
-        _, mixed = await asyncio.gather(self._learner.send(weights), self._replicas.load(weights, probe))
+        across = dataclasses.replace(self._probe, uid=f"mixed-v{weights.version}")
+        await asyncio.gather(self._learner.send(weights), self._replicas.load(weights, across))
         self._gauges["sync/seconds"] = self._learner.publish_seconds + time.monotonic() - began
-        self._gauges["sync/logprob_gap"] = await self._prompt_gap()
-        self._gauges["rollout/behaviour_gap"] = await self._decode_gap(weights.version)
+        # Training waits for these, so vLLM answers them in the same steps.
+        prompt, decode, mixed = await asyncio.gather(
+            self._prompt_gap(), self._decode_gap(weights.version), self._mixed_gap(across, weights.version)
+        )
+        self._gauges |= {"sync/logprob_gap": prompt, "rollout/behaviour_gap": decode}
         self._gauges.pop("rollout/mixed_gap", None)
-        if mixed:  # where the learner is the slower part, hardly any rollout of a batch spans versions
-            self._gauges["rollout/mixed_gap"] = await self._gap(probe, mixed[weights.version % len(mixed)])
+        if mixed is not None:  # where the learner is the slower part, hardly any rollout of a batch spans versions
+            self._gauges["rollout/mixed_gap"] = mixed
 
     async def _prompt_gap(self) -> float:
         """Compare every replica's log-probs of the probe's prompt with the learner's: is the load exact?"""
         ids = self._probe.token_ids
-        found = await self._replicas.probe("probe", ids)
-        expected = await self._learner.probe_logprobs(ids)
+        found, expected = await asyncio.gather(self._replicas.probe("probe", ids), self._learner.probe_logprobs(ids))
         return max(float(np.abs(logprobs - expected).max()) for logprobs in found)
 
     async def _decode_gap(self, version: int) -> float:
@@ -99,15 +101,23 @@ class GeneratorGroup:
         """
         sampling = shortened(self._sampling, PROBE_DECODES)
         prompt = dataclasses.replace(self._probe, uid=f"probe-v{version}")
-        group = await self._replicas.request(
-            "generate",
-            prompt,
-            sampling,
+        group = await self._ask_one(version, "generate", prompt, sampling, probe=True)
+        return await self._gap(prompt, group.rollouts[0])
+
+    async def _mixed_gap(self, prompt: Prompt, version: int) -> float | None:
+        """Compare the log-probs of an answer that spans the load, where there is one."""
+        rollout = await self._ask_one(version, "spanning")
+        return None if rollout is None else await self._gap(prompt, rollout)
+
+    async def _ask_one(self, version: int, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Ask the replicas in turn, a version each."""
+        return await self._replicas.request(
+            method,
+            *args,
             what="answering the probe",
             choose=lambda replicas: replicas[version % len(replicas)],
-            probe=True,
+            **kwargs,
         )
-        return await self._gap(prompt, group.rollouts[0])
 
     async def _gap(self, prompt: Prompt, rollout: Rollout) -> float:
         expected = await self._learner.sampled_logprobs(prompt.token_ids, rollout.token_ids)

@@ -85,6 +85,7 @@ def connect(recipe: Recipe) -> None:
     """Start a private Ray on this machine, or join the one at ray.address. Raises UserError if none is there."""
     variables = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     local = recipe.ray.address == "local"
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # actors share cores here: threads that spin would take them
     os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 lets the driver starve the engines on a small machine
     try:
         ray.init(

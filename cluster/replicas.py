@@ -93,13 +93,11 @@ class Replicas:
             finally:
                 replica.in_flight -= 1
 
-    async def load(self, weights: Weights, *args: Any) -> list[Any]:
-        """Return when every serving replica has `weights`, and at least one serves; what their `load` returned."""
+    async def load(self, weights: Weights, *args: Any) -> None:
+        """Return when every serving replica has `weights`, and at least one serves."""
         self._weights = weights
-        loads = (self._load(replica, weights, args) for replica in self._all if replica.serving)
-        answers = await asyncio.gather(*loads)
+        await asyncio.gather(*(self._load(replica, weights, args) for replica in self._all if replica.serving))
         await self.serving()
-        return [answer for answer in answers if answer is not None]
 
     async def probe(self, method: str, *args: Any) -> list[Any]:
         """Return the answers of all serving replicas, of one at least."""
@@ -114,13 +112,12 @@ class Replicas:
         for task in self._replacing:
             task.cancel()
 
-    async def _load(self, replica: Replica, weights: Weights, args: Sequence[Any]) -> Any:
+    async def _load(self, replica: Replica, weights: Weights, args: Sequence[Any]) -> None:
         actor = replica.actor
         try:
-            return await call(actor.load.remote(weights, *args), f"loading version {weights.version}", self._deadline_s)
+            await call(actor.load.remote(weights, *args), f"loading version {weights.version}", self._deadline_s)
         except InfraError as error:  # alive or not, without these weights it may not serve
             self._retire(replica, actor, error)
-            return None
 
     async def _probe(self, replica: Replica, method: str, args: Sequence[Any]) -> Any:
         actor = replica.actor

@@ -19,7 +19,7 @@ from actors.engine import EngineOptions, sample_seed
 from actors.generator import Engine
 from actors.weight_sync import Mailbox, choose_transport, load_weights, pack, weights_from_directory
 from tests.tiny import tiny_model
-from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Sampling, VersionSpan, Weights
+from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
 
 MAX_LENGTH = 1024
 PROBE = np.array([3, 40, 15, 80, 101, 31, 21, 2, 4] * 40, dtype=np.int32)  # longer than two KV blocks
@@ -150,7 +150,12 @@ def test_a_probe_across_a_load_spans_both_versions(served: Served) -> None:
     old = served.engine.version
     following, weights = served.next_weights()
     load = load_weights(served.engine, weights, served.mailbox)
-    rollout = served.run(served.engine.across(prompt(ids=PROBE[:8]), Sampling(n=1, max_tokens=200), load))
+
+    async def answered() -> Rollout | None:
+        return await (await served.engine.across(prompt(ids=PROBE[:8]), Sampling(n=1, max_tokens=200), load))
+
+    rollout = served.run(answered())
+    assert rollout is not None
     first, second = rollout.spans
     assert (first.version, second.version) == (old, old + 1)
     assert 0 < first.stop == second.start < second.stop == 200
