@@ -108,6 +108,10 @@ class LearnerRank(_Rank):
         with self._working():
             self.learner.export(directory)
 
+    def raise_kl(self, factor: float, version: int, since: int) -> bool:
+        """Raise the strength of the KL term, if it was not at or after version `since`; return whether."""
+        return self.learner.raise_kl(factor, version, since)
+
     def rng_hash(self) -> str:
         """Return the hash of the random state."""
         return self.learner.rng_hash()
@@ -132,6 +136,10 @@ class CriticRank(_Rank):
         """Fit the returns; return metrics."""
         with self._working():
             return self.critic.step(batch, values)
+
+    def raise_kl(self, factor: float, version: int, since: int) -> bool:
+        """Raise the strength of the KL term as the policy's ranks do."""
+        return self.critic.raise_kl(factor, version, since)
 
     def save(self, directory: Path) -> None:
         """Write the training state."""

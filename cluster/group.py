@@ -200,6 +200,15 @@ class LearnerGroup:
         logprobs: Floats = (await self._each(self._ranks, "sampled_logprobs", prompt_ids, token_ids))[0]
         return logprobs
 
+    async def raise_kl(self, factor: float, version: int, since: int) -> bool:
+        """Multiply the KL coefficient on every rank alike; return False where it was done at or after `since`.
+
+        An actor takes its calls in order, and a step reaches all ranks in one turn of this loop, as this does: it comes
+        before or after a step, for policy and critic alike.
+        """
+        ranks = [*self._ranks, *self._critic]
+        return all(await self._each(ranks, "raise_kl", factor, version, since))
+
     async def save(self, path: str) -> None:
         """Write every rank's engine and random state below `path`."""
         await asyncio.gather(

@@ -157,6 +157,7 @@ async def _run(
         gauges=cast.gauges,
         show=progress.show,
         judge=Watcher(rundir.path, recipe.alarm).look,
+        raise_kl=cast.learner.raise_kl,
     )
     journal = RunJournal(
         recipe, rundir, tracker, pins, hands, version=version, position=int(meta["position"]), incarnation=incarnation

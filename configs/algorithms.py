@@ -67,3 +67,12 @@ def check(algorithm_name: str, kl_where: str, kl_estimator: str, n: int) -> str 
             "set algorithm.kl.estimator=k1, or algorithm.kl.where=loss"
         )
     return None
+
+
+def check_action(action: str, kl_where: str, kl_coefficient: float) -> str | None:
+    """Return in one line why the alarm cannot do this and what to do, or None if it can."""
+    if action != "raise_kl" or (kl_where != "none" and kl_coefficient > 0):
+        return None
+    key = "algorithm.kl.where=none" if kl_where == "none" else "algorithm.kl.coefficient=0"
+    hint = "set algorithm.kl.where=loss" if kl_where == "none" else "set algorithm.kl.coefficient above 0"
+    return f"alarm.action: raise_kl multiplies the KL coefficient, and {key} leaves nothing to multiply; {hint}"

@@ -259,8 +259,13 @@ class AlarmConfig(Section):
     """False alarms per run."""
     margin: float | None = Field(None, ge=0)
     """A drop that does not matter, in the primary evaluation's unit; null: 0.6 of its standard error."""
-    action: Literal["report", "stop"] = "report"
-    """stop: once the primary evaluation is found to have fallen, end as on SIGTERM, with a checkpoint."""
+    action: Literal["report", "stop", "raise_kl"] = "report"
+    """What is done once the primary evaluation is found to have fallen. stop: end as on SIGTERM, with a checkpoint;
+    raise_kl: multiply the KL coefficient by kl_factor, and again only after the evaluation had recovered."""
+    kl_factor: float = Field(4, gt=1)
+    """For raise_kl; a KL target is divided by its square. Where reward and KL are in balance, sqrt(KL) goes with
+    1 / coefficient for small KL. By the RL law of Gao et al. 2022 the whole gain is lost at e times the sqrt(KL) of the
+    peak: a factor above e comes back from there to before the peak."""
 
 
 class Tracking(Section):

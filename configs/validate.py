@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from configs.algorithms import FACTS, check
+from configs.algorithms import FACTS, check, check_action
 from configs.errors import UserError
 from configs.machine import check_machine
 from configs.rows import is_file, parse_row, prompt_text, read_rows, split_of
@@ -77,7 +77,9 @@ def validate(recipe: Recipe, command: Command, config: str = "CONFIG") -> list[s
 
 def _check_method(recipe: Recipe) -> None:
     algorithm, sampling, loop = recipe.algorithm, recipe.sampling, recipe.loop
-    if refusal := check(algorithm.name, algorithm.kl.where, algorithm.kl.estimator, sampling.n):
+    kl = algorithm.kl
+    refusal = check(algorithm.name, kl.where, kl.estimator, sampling.n)
+    if refusal := refusal or check_action(recipe.alarm.action, kl.where, kl.coefficient):
         raise UserError(refusal)
     ranks = math.lcm(recipe.learner.ranks, recipe.critic.ranks if FACTS[algorithm.name].needs_critic else 1)
     rollouts, parts = loop.batch_prompts * sampling.n, algorithm.minibatches * ranks

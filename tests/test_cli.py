@@ -69,6 +69,12 @@ CASES = {
     "unknown algorithm": over("algorithm.name=gpro", says=["algorithm.name", "'grpo'"]),
     "group of one": over("sampling.n=1", "algorithm.name=grpo", says=["sampling.n", "n = 1", ">= 2"]),
     "k1 in the loss": over("algorithm.kl.estimator=k1", says=["k1", "estimator=k2", "where=reward"]),
+    "no KL to raise": over(
+        "alarm.action=raise_kl", "algorithm.kl.where=none", says=["alarm.action", "where=none", "kl.where=loss"]
+    ),
+    "KL of coefficient 0 to raise": over(
+        "alarm.action=raise_kl", "algorithm.kl.coefficient=0", says=["alarm.action", "coefficient=0", "above 0"]
+    ),
     "batch does not divide": over(
         "loop.batch_prompts=5", "sampling.n=6", "algorithm.minibatches=4", says=["30", "4 x 1", "batch_prompts=4 or 6"]
     ),

@@ -9,10 +9,10 @@ import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from cluster import group
-from cluster.group import LeastLoaded, call
+from cluster.group import LearnerGroup, LeastLoaded, call
 from cluster.placement import all_ready
 from configs.errors import UserError
-from trainers.types import DataError, InfraError
+from trainers.types import DataError, InfraError, StepStats
 
 
 def replica(answer: Callable[[], Awaitable[Any]]) -> Any:
@@ -109,3 +109,48 @@ def test_what_a_constructor_raises_is_one_line(last_line: str, kind: type[Except
     assert died.actor_init_failed
     with pytest.raises(kind, match=says):
         asyncio.run(all_ready({"reward-0": raising(died)()}, 5))
+
+
+@pytest.mark.parametrize("turns", range(8))
+def test_a_raise_comes_between_the_same_steps_on_every_rank(turns: int) -> None:
+    """However many turns of the loop lie between them."""
+    calls: dict[str, list[str]] = {name: [] for name in ("policy-0", "policy-1", "critic-0")}
+    stats = StepStats(loss=0, grad_norm=0, metrics={}, rng_hash="")
+    answers = {"values": 0.0, "step": stats, "raise_kl": True}
+
+    def handle(name: str) -> Any:
+        def remote(method: str) -> Any:
+            async def answer() -> Any:
+                await asyncio.sleep(0)
+                return {} if (method, name) == ("step", "critic-0") else answers[method]
+
+            def called(*_: Any) -> Awaitable[Any]:
+                calls[name].append(method)  # in this order an actor does them
+                return answer()
+
+            return SimpleNamespace(remote=called)
+
+        return SimpleNamespace(**{method: remote(method) for method in answers})
+
+    async def main() -> None:
+        learner = LearnerGroup(
+            [handle("policy-0"), handle("policy-1")],
+            [handle("critic-0")],
+            version=0,
+            transport="object_store",
+            deadline_s=5,
+        )
+
+        async def train() -> None:
+            for _ in range(3):
+                await learner.step(SimpleNamespace())  # type: ignore[arg-type]
+
+        training = asyncio.create_task(train())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert await learner.raise_kl(4.0, 8, 0)
+        await training
+
+    asyncio.run(main())
+    before = {name: made[: made.index("raise_kl")].count("step") for name, made in calls.items()}
+    assert len(set(before.values())) == 1 and all(made.count("step") == 3 for made in calls.values()), calls

@@ -11,13 +11,15 @@ import pytest
 from cluster.report.build import build
 from cluster.report.figures import pictures
 from cluster.report.page import page
-from configs.schema import Recipe
+from configs.schema import KL, Recipe
 from trainers.buffer import Take
 from trainers.checkpoint import find_latest
 from trainers.journal import Hands, RunJournal
 from trainers.pins import Pins
 from trainers.rundir import RunDir
 from trainers.sources import read
+from trainers.spool import read as read_spool
+from trainers.targets import KLCoefficient
 from trainers.tracking import Tracker
 from trainers.types import Evaluation, Group, Prompt, Rollout, StepStats, VersionSpan, Weights
 from trainers.watcher import Watcher
@@ -42,8 +44,10 @@ def journal_of(
     at: str = "every",
     action: str = "report",
     uri: str | None = None,
+    kl: KLCoefficient | None = None,
 ) -> RunJournal:
-    """Build the journal of a run at `version`; its tracker is real where `uri` says where to."""
+    """Build the journal of a run at `version`; its tracker is real where `uri` says where to. `kl` is the learner's."""
+    kl = kl or KLCoefficient(config=KL(), value=1.0)
 
     async def write(path: str) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -51,6 +55,9 @@ def journal_of(
 
     async def gauges() -> Mapping[str, float]:
         return {}
+
+    async def raise_kl(factor: float, version: int, since: int) -> bool:
+        return kl.raise_by(factor, version=version, since=since)
 
     task = {"name": "held", "data": {"path": "x.jsonl"}, "scorers": [{"name": "gold", "function": "a:b"}], "at": at}
     recipe = Recipe.model_validate(
@@ -65,7 +72,12 @@ def journal_of(
     )
     rundir = RunDir(where).create()
     hands = Hands(
-        save=write, export=write, gauges=gauges, show=lambda *_: None, judge=Watcher(where, recipe.alarm).look
+        save=write,
+        export=write,
+        gauges=gauges,
+        show=lambda *_: None,
+        judge=Watcher(where, recipe.alarm).look,
+        raise_kl=raise_kl,
     )
     tracker: Any = SilentTracker() if uri is None else Tracker(recipe, rundir, incarnation=0)
     pins = Pins(where / "exports")
@@ -184,6 +196,43 @@ def test_a_fallen_evaluation_is_told_and_ends_the_run_where_the_recipe_says_so(t
     states = asyncio.run(main())
     assert states[4] == "aligned" and states[-1] == "parted"
     assert len(states) == (12 if action == "report" else states.index("parted") + 1)
+
+
+def test_each_fall_raises_the_kl_coefficient_once_whatever_is_resumed(tmp_path: Path) -> None:
+    """Gold falls at 4, is back at 8 and falls again at 12; the run is resumed while the first fall stands."""
+    where, kl = tmp_path / "run", KLCoefficient(config=KL(), value=0.05)
+    levels = [0, 1, 2, 3, 0, 0, 0, 3, 4, 5, 6, 7, 1, 1, 1]
+    values = []
+
+    async def play(first: int, last: int) -> None:
+        journal = journal_of(where, version=first - 1, steps=20, action="raise_kl", uri=uri, kl=kl)
+        for version in range(first, last):
+            await step(journal, version)
+            await evaluate(journal, version, float(levels[version]), prompts=50)
+            values.append(round(kl.value, 9))
+            assert not journal.stopping()
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    asyncio.run(play(1, 6))
+    asyncio.run(play(6, 15))
+    assert values == [0.05] * 3 + [0.2] * 8 + [0.8] * 3
+    taken = [r["value"] for r in read_spool(where / "metrics.jsonl") if r.get("key") == "alarm.action_taken"]
+    assert taken == ["raise_kl on the evaluation of version 4", "raise_kl on the evaluation of version 12"]
+
+
+def test_after_the_last_step_nothing_is_raised(tmp_path: Path) -> None:
+    async def main() -> float:
+        kl = KLCoefficient(config=KL(), value=0.05)
+        journal = journal_of(tmp_path / "run", steps=8, action="raise_kl", uri=f"sqlite:///{tmp_path}/mlflow.db", kl=kl)
+        for version in range(1, 9):
+            await step(journal, version)
+            if version < 8:
+                await evaluate(journal, version, 1.0, prompts=50)
+        await evaluate(journal, 8, 0.0, prompts=50)
+        assert journal.state is not None and journal.state != "aligned"
+        return kl.value
+
+    assert asyncio.run(main()) == 0.05
 
 
 def test_what_cannot_be_judged_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

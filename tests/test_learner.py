@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.ranks import random_batch, recipe, tiny_policy, train_and_publish
 from trainers.critic import Critic
 from trainers.engine import free_port, learning_rate_factor, load_ops
+from trainers.kl import adapt
 from trainers.learner import Learner
 from trainers.types import Batch
 
@@ -142,6 +143,34 @@ def test_a_loaded_learner_goes_on_bit_equal(path: str, tmp_path: Path, zero: int
     assert all(torch.equal(mine[name], other[name]) for name in other)
     start = AutoModelForCausalLM.from_pretrained(path).state_dict()
     assert any(not torch.equal(start[name].to(other[name].dtype), other[name]) for name in other)
+
+
+def test_a_raised_kl_coefficient_is_that_of_the_next_step_and_of_the_checkpoint(path: str, tmp_path: Path) -> None:
+    raised, plain = Learner(recipe(path)), Learner(recipe(path, algorithm={"kl": {"coefficient": 0.2}}))
+    assert raised.raise_kl(4.0, 12, 0)
+    raised.save(tmp_path)
+    again = Learner(recipe(path))
+    again.load(tmp_path)
+    assert not again.raise_kl(4.0, 16, 0) and not again.raise_kl(4.0, 16, 12), "the same fall"
+    states = []
+    for learner in (plain, raised, again):
+        assert learner.step(random_batch()).metrics["kl/coefficient"] == 0.2
+        states.append(learner.state_dict_for_publish())
+    assert all(torch.equal(state[name], tensor) for state in states[1:] for name, tensor in states[0].items())
+    assert again.raise_kl(4.0, 16, 13) and again.kl.value == 0.8, "another fall"
+
+
+def test_policy_and_critic_raise_an_adaptive_coefficient_alike(path: str) -> None:
+    kl = {"where": "reward", "estimator": "k1", "target": 1.0, "horizon": 100}
+    config = recipe(path, algorithm={"name": "ppo", "kl": kl})
+    learner, critic, batch = Learner(config), Critic(config), random_batch()
+    for trained in (learner, critic):
+        assert trained.raise_kl(2.0, 8, 0)
+    values = critic.values(batch)
+    learner.step(batch, values)
+    critic.step(batch, values)
+    observed = float(((batch.behaviour_logprobs - batch.reference_logprobs) * batch.mask).sum(1).mean())
+    assert learner.kl.value == critic.kl.value == adapt(0.1, observed, 1 / 4, 100, len(batch.uids)) != 0.1
 
 
 def test_untied_weights_are_published_and_exported(tmp_path: Path) -> None:

@@ -91,6 +91,10 @@ class Critic:
         predicted: Tensor = self.engine.model(self.trainee.inputs(batch, micro))
         return predicted
 
+    def raise_kl(self, factor: float, version: int, since: int) -> bool:
+        """Do as the policy's learner does: the returns hold the same KL term."""
+        return self.kl.raise_by(factor, version=version, since=since)
+
     def save(self, directory: Path) -> None:
         """Write everything `load` needs to go on bit-equal."""
         self.trainee.save(directory)

@@ -16,7 +16,7 @@ from trainers.batch import rollout_metrics
 from trainers.buffer import Take
 from trainers.evaluations import due_versions, milestones
 from trainers.ledger import Entry, Ledger
-from trainers.mismatch import State
+from trainers.mismatch import Alarm, State
 from trainers.mismatch.findings import Findings
 from trainers.pins import Pins, best_version
 from trainers.rundir import RunDir
@@ -36,6 +36,7 @@ class Hands:
     gauges: Callable[[], Awaitable[Mapping[str, float]]]  # busy times, sync, counters
     show: Callable[[int, Mapping[str, float], float | None, State | None], None]  # the progress line
     judge: Callable[[], Awaitable[Findings | None]]  # what the instrument says of the run directory as it is now
+    raise_kl: Callable[[float, int, int], Awaitable[bool]]  # by a factor, at an evaluated version, once since a version
 
 
 class RunJournal:
@@ -185,9 +186,23 @@ class RunJournal:
             log.info("state: %s since version %s", verdict.state, verdict.since_version)
         self.state = verdict.state
         self._tracker.log_tags({"alarm.state": str(verdict.state), "alarm.since_version": str(verdict.since_version)})
-        if self._recipe.alarm.action == "stop" and verdict.primary.fallen and not self.stopping():
+        if verdict.primary.fallen and not self.stopping():
+            await self._act(verdict.primary, int(findings.series.primary.versions[-1]))
+
+    async def _act(self, alarm: Alarm, version: int) -> None:
+        """Do what the recipe says about a fall that stands at the evaluated `version`."""
+        config = self._recipe.alarm
+        if config.action == "stop":
             log.warning("alarm.action is stop: ending with a checkpoint")
             self.stop()
+        elif config.action == "raise_kl" and self._version < self._recipe.run.steps:
+            since = max((fall.recovered for fall in alarm.falls if fall.recovered is not None), default=0)
+            if not await self._hands.raise_kl(config.kl_factor, version, since):
+                return  # at an earlier evaluation of this fall
+            log.warning("alarm.action is raise_kl: the KL coefficient is multiplied by %g", config.kl_factor)
+        else:
+            return
+        self._tracker.log_tags({"alarm.action_taken": f"{config.action} on the evaluation of version {version}"})
 
     def recall(self, results: Mapping[int, Sequence[Evaluation]]) -> list[int]:
         """Take over an earlier incarnation's evaluations; return the versions it pinned but never evaluated."""

@@ -153,6 +153,10 @@ class Learner:
             rng_hash=self.rng_hash(),
         )
 
+    def raise_kl(self, factor: float, version: int, since: int) -> bool:
+        """Raise the strength of the KL term from the next step on, see `targets.KLCoefficient.raise_by`."""
+        return self.kl.raise_by(factor, version=version, since=since)
+
     def rng_hash(self) -> str:
         """Return a sha256 over every generator this rank draws from."""
         state = random_state() | {"minibatches": self.trainee.generator.bit_generator.state}

@@ -21,11 +21,13 @@ from trainers.types import Batch, Floats
 class KLCoefficient:
     """The strength of the KL term, which follows a target if the recipe has one.
 
-    It depends on the batches seen and on nothing else, so policy and critic have the same without talking.
+    It depends on the batches seen and on what it was raised by, so policy and critic have the same without talking.
     """
 
     config: schema.KL
     value: float
+    raised: float = 1.0  # product of the factors of `raise_by`
+    raised_at: int | None = None  # evaluated version at which it was raised last
 
     def observe(self, batch: Batch) -> None:
         """Adapt to the KL of `batch`, in nats per rollout."""
@@ -33,7 +35,22 @@ class KLCoefficient:
             return
         log_ratio = np.where(batch.mask, batch.behaviour_logprobs - batch.reference_logprobs, 0)
         observed = float(log_ratio.sum(1).mean())
-        self.value = adapt(self.value, observed, self.config.target, self.config.horizon, len(batch.uids))
+        target = self.config.target / self.raised**2
+        self.value = adapt(self.value, observed, target, self.config.horizon, len(batch.uids))
+
+    def raise_by(self, factor: float, *, version: int, since: int) -> bool:
+        """Multiply the coefficient, because of the evaluation of `version`, and return whether that was done.
+
+        Not twice at or after version `since`: the same fall is told by every later evaluation, and again after a
+        resume. A target is divided by the square, or it would take the raise back: for small steps away from the
+        reference the optimum π₀·exp(r/β) has the KL Var(r) / (2 β²).
+        """
+        if self.raised_at is not None and self.raised_at >= since:
+            return False
+        self.value *= factor
+        self.raised *= factor
+        self.raised_at = version
+        return True
 
 
 def advantages(batch: Batch, config: schema.Algorithm, coefficient: float, values: Floats | None) -> AdvantageOutputs:

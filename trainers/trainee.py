@@ -58,13 +58,14 @@ class Trainee:
 
     def save(self, directory: Path) -> None:
         """Write everything `load` needs to go on bit-equal."""
-        extra = {"kl_coefficient": self.kl.value, "generator": self.generator.bit_generator.state}
-        self.engine.save(Path(directory), extra)
+        kl = {"kl_coefficient": self.kl.value, "kl_raised": self.kl.raised, "kl_raised_at": self.kl.raised_at}
+        self.engine.save(Path(directory), {**kl, "generator": self.generator.bit_generator.state})
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, on as many ranks. Raises FileNotFoundError if there is nothing."""
         extra = self.engine.load(Path(directory))
         self.kl.value = float(extra["kl_coefficient"])
+        self.kl.raised, self.kl.raised_at = extra.get("kl_raised", 1.0), extra.get("kl_raised_at")  # older ones: never
         self.generator.bit_generator.state = extra["generator"]
 
     def export(self, directory: Path) -> None:
