@@ -15,15 +15,12 @@ import ray
 from actors.engine import EngineStats
 from actors.evaluator import EvaluatorActor
 from actors.weight_sync import weights_from_directory
-from cluster import report
 from cluster.cast import CLOSE_S, STARTUP_S, Cast, start_cast
 from cluster.group import EvaluatorGroup, call
 from cluster.nodes import watch_nodes
 from cluster.placement import Placement, all_ready
 from cluster.progress import Progress
-from cluster.report.build import build
-from cluster.report.figures import pictures
-from cluster.report.page import page
+from cluster.report.refresh import Refresher, write_report
 from cluster.report.text import head
 from configs.errors import UserError
 from configs.schema import Recipe
@@ -36,11 +33,10 @@ from trainers.online import Actors, run
 from trainers.pins import Pins
 from trainers.records import read_evaluations
 from trainers.rundir import RunDir
-from trainers.sources import read
 from trainers.spool import read_metrics
 from trainers.tracking import Tracker
 from trainers.types import Evaluation
-from trainers.watcher import UNJUDGED, Watcher, alarm_settings
+from trainers.watcher import UNJUDGED, Watcher
 
 log = logging.getLogger("headroom")
 
@@ -151,6 +147,7 @@ async def _run(
     progress = Progress(first=version, steps=steps, primary=recipe.evaluation.primary)
     pins = Pins(rundir.path / "exports")
     pins.forget_after(version)
+    refresher = Refresher(rundir.path, recipe.alarm, tracker.log_report)
     hands = Hands(
         save=cast.learner.save,
         export=cast.learner.export,
@@ -158,6 +155,7 @@ async def _run(
         show=progress.show,
         judge=Watcher(rundir.path, recipe.alarm).look,
         raise_kl=cast.learner.raise_kl,
+        refresh=refresher.refresh,
     )
     journal = RunJournal(
         recipe, rundir, tracker, pins, hands, version=version, position=int(meta["position"]), incarnation=incarnation
@@ -186,6 +184,7 @@ async def _run(
         )
     finally:
         progress.close()
+        await refresher.close()
     if journal.stopping():
         log.info("asked to end: saved at version %d of %d; the same command continues", cast.learner.version, steps)
     return journal
@@ -240,9 +239,7 @@ def draw(recipe: Recipe, rundir: RunDir, best: tuple[int, Path] | None) -> Path:
 def tell(recipe: Recipe, rundir: RunDir, tracker: Tracker) -> tuple[str, ...]:
     """Write the run's report, keep it in MLflow, and return what to know first. What can't be judged ends nothing."""
     try:
-        view = build(read(str(rundir.path)), alarm_settings(recipe.alarm))
-        drawn = pictures(view)
-        path = report.write(rundir.path / "report", page(view, drawn), drawn)
+        view, path = write_report(rundir.path, recipe.alarm)
     except UNJUDGED as error:
         log.warning("no report: %s", error)
         return ()

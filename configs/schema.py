@@ -266,6 +266,8 @@ class AlarmConfig(Section):
     """For raise_kl; a KL target is divided by its square. Where reward and KL are in balance, sqrt(KL) goes with
     1 / coefficient for small KL. By the RL law of Gao et al. 2022 the whole gain is lost at e times the sqrt(KL) of the
     peak: a factor above e comes back from there to before the peak."""
+    report_every_s: float = Field(60, ge=0)
+    """The report is written anew after an evaluation, but not more often."""
 
 
 class Tracking(Section):

@@ -78,6 +78,7 @@ def journal_of(
         show=lambda *_: None,
         judge=Watcher(where, recipe.alarm).look,
         raise_kl=raise_kl,
+        refresh=lambda: None,
     )
     tracker: Any = SilentTracker() if uri is None else Tracker(recipe, rundir, incarnation=0)
     pins = Pins(where / "exports")

@@ -37,6 +37,7 @@ class Hands:
     show: Callable[[int, Mapping[str, float], float | None, State | None], None]  # the progress line
     judge: Callable[[], Awaitable[Findings | None]]  # what the instrument says of the run directory as it is now
     raise_kl: Callable[[float, int, int], Awaitable[bool]]  # by a factor, at an evaluated version, once since a version
+    refresh: Callable[[], None]  # begin to write the report anew, if it is time to
 
 
 class RunJournal:
@@ -188,6 +189,7 @@ class RunJournal:
         self._tracker.log_tags({"alarm.state": str(verdict.state), "alarm.since_version": str(verdict.since_version)})
         if verdict.primary.fallen and not self.stopping():
             await self._act(verdict.primary, int(findings.series.primary.versions[-1]))
+        self._hands.refresh()
 
     async def _act(self, alarm: Alarm, version: int) -> None:
         """Do what the recipe says about a fall that stands at the evaluated `version`."""
