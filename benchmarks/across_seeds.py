@@ -27,21 +27,25 @@ Scores = dict[str, dict[int, dict[str, float]]]  # task/metric -> version -> pro
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """A mean paired change with its 95 % interval over prompts."""
+    """A mean paired change with its 95 % interval over prompts; one prompt says nothing of their spread."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None  # None: no interval
+    high: float | None
     n: int
 
     def __str__(self) -> str:
+        if self.low is None or self.high is None:
+            return f"{self.mean:+.3f} (no interval)"
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def paired(before: Array, after: Array) -> Change:
-    """Return the mean of after - before, both (N,), with Student's interval."""
+    """Return the mean of after - before, both (N,), with Student's interval where there are two prompts or more."""
     difference = after - before
     mean, n = float(difference.mean()), len(difference)
+    if n < 2:
+        return Change(mean=mean, low=None, high=None, n=n)
     half = float(stats.t.ppf(0.975, n - 1)) * float(difference.std(ddof=1)) / math.sqrt(n)
     return Change(mean=mean, low=mean - half, high=mean + half, n=n)
 

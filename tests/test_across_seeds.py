@@ -29,6 +29,7 @@ def test_what_length_alone_brought_is_taken_out(truth: float) -> None:
         rng = np.random.default_rng(seed)
         longer = rng.normal(5, 4, 120)
         change = at_matched_length(truth + 0.2 * longer + rng.normal(size=120) * (0.5 + 0.1 * abs(longer)), longer)
+        assert change.low is not None and change.high is not None
         covered += change.low <= truth <= change.high
     assert 180 <= covered <= 199  # 95 % of 200, four standard errors either way
 
@@ -39,6 +40,7 @@ def test_without_a_change_of_length_it_is_the_paired_change() -> None:
     assert at_matched_length(change, np.full(30, 2.0)) == paired(np.zeros(30), change)
 
 
+@pytest.mark.filterwarnings("error")
 def test_the_table_reads_run_directories_and_pairs_by_prompt(tmp_path: Path) -> None:
     for seed in (0, 1):
         run = RunDir(tmp_path / f"s{seed}").create()
@@ -59,3 +61,5 @@ def test_the_table_reads_run_directories_and_pairs_by_prompt(tmp_path: Path) -> 
     assert len({row.count("|") for row in table}) == 1
     row = next(row for row in table if "`held/reward`" in row)
     assert row.split(" | ")[1:6] == ["3", "1.000", "2.000", "+1.000, +1.000", "+1.000 [+1.000, +1.000]"]
+    alone = next(row for row in table if "`held/length`" in row)
+    assert alone.split(" | ")[5] == "+0.000 (no interval)"  # one prompt has no spread
