@@ -281,3 +281,10 @@ def test_a_process_killed_while_it_built_the_op_blocks_nobody(tmp_path: Path) ->
     child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
     assert child.stdout.splitlines()[-1:] == ["loaded"], child.stderr
     assert not left.exists()
+
+
+def test_joining_a_group_prints_nothing() -> None:
+    command = [sys.executable, "-c", "from trainers.engine import Process, join; join(Process()); print('joined')"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150)
+    assert child.stdout == "joined\n", child.stderr

@@ -7,6 +7,7 @@ import math
 import os
 import random
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from torch.utils.cpp_extension import get_default_build_root
 from configs import schema
 
 deepspeed_logger.setLevel(logging.WARNING)
+# Its one print says that an op was built, each time a group is joined. A build that fails raises, or prints elsewhere.
+vars(sys.modules["deepspeed.comm.torch"])["print"] = logging.getLogger(__name__).debug
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: a line for every one of them.
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
