@@ -36,6 +36,8 @@ class Run(Section):
     """Newest checkpoints kept for resuming; the best version by the primary evaluation is kept besides, as a model."""
     prepare: str | None = None
     """`module:function` called with the recipe before every run; makes what is missing of its models and data."""
+    prepare_options: dict[str, Any] = {}
+    """What `prepare` is to make otherwise, by names of its own."""
 
 
 class Resources(Section):

@@ -9,17 +9,20 @@ import hashlib
 import inspect
 import json
 import logging
+import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
 import torch
+from pydantic import Field, ValidationError
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from configs.errors import UserError
-from configs.schema import Offline, Recipe
+from configs.schema import Offline, Recipe, Section
 from trainers import gold, world
 from trainers.data import load_demonstrations, load_pairs, prompt_ids
 from trainers.engine import Process
@@ -39,14 +42,22 @@ _log = logging.getLogger(__name__)
 _building: dict[Path, IO[str]] = {}  # what this process has begun to build, and its hold on it
 
 
+class Options(Section):
+    """What `run.prepare_options` may change of the world: what the reward model learns from."""
+
+    pairs: int = Field(PAIRS, ge=1)
+    length_bias: float = ANNOTATORS.length_bias
+
+
 def skeleton(recipe: Recipe) -> None:
     """Write what engines need to start: tokenizer, configs and random weights at every path, and the data files.
 
     Does nothing if a finished build is there; waits for another process that is building one. From here to the end
-    of `prepare` other processes wait. Deterministic in sft.seed. Raises UserError if a section is missing, or if the
-    build would write among files that are not its own.
+    of `prepare` other processes wait. Deterministic in sft.seed. Raises UserError if a section is missing, for an
+    option that there is not, or if the build would write among files that are not its own.
     """
     root = _root(recipe)
+    options(recipe)  # what is wrong with them is told first
     if is_prepared(recipe) or root in _building:
         return
     _check_places(recipe)
@@ -109,8 +120,10 @@ def _train(recipe: Recipe, log: Log) -> None:
     demonstrations = load_demonstrations(sft.data, tokenizer, sft.max_length).items
     process = Process()
     train_sft(sft, base, [(d.prompt, d.completion) for d in demonstrations], process=process, log=log)
-    log(f"sampling {PAIRS} preference pairs from the policy")
-    rows, statistics = preference_rows(sft.output, tokenizer, reward.seed)
+    wanted = options(recipe)
+    log(f"sampling {wanted.pairs} preference pairs from the policy")
+    annotators = replace(ANNOTATORS, length_bias=wanted.length_bias)
+    rows, statistics = preference_rows(sft.output, tokenizer, reward.seed, wanted.pairs, annotators)
     world.write_jsonl(Path(reward.data.path), rows)
     pairs = load_pairs(reward.data, tokenizer, reward.max_length).items
     log("reward model")
@@ -129,9 +142,10 @@ def is_prepared(recipe: Recipe) -> bool:
 
 
 def world_hash(recipe: Recipe) -> str:
-    """Return a sha256 over everything the build depends on: sections of the recipe, and the world's source."""
+    """Return a sha256 over everything the build depends on: options, sections of the recipe, and the source."""
     sft, reward = _sections(recipe)
     digest = hashlib.sha256(f"{recipe.model.path}\n{recipe.data.path}\n".encode())
+    digest.update(options(recipe).model_dump_json().encode())
     for section in (sft, reward):
         digest.update(section.model_dump_json(exclude={"engine": {"resources", "threads"}}).encode())
     for module in (world, gold, inspect.getmodule(world_hash)):
@@ -154,9 +168,9 @@ def preference_rows(
     gold, and where they chose the longer answer.
     """
     rng = random.Random(f"annotators-{seed}")
-    # Equal and empty answers are left out, hence some pairs more than asked for.
-    questions = world.prompts("pairs", min(world.size("pairs"), round(1.2 * number / PAIRS_PER_PROMPT) + 1), seed)
-    answers = sample(policy, tokenizer, [row["prompt"] for row in questions], 2 * PAIRS_PER_PROMPT, seed)
+    count, per_prompt = asked(number)
+    questions = world.prompts("pairs", count, seed)
+    answers = sample(policy, tokenizer, [row["prompt"] for row in questions], 2 * per_prompt, seed)
     rows: list[dict[str, str]] = []
     with_gold, with_longer = [], []
     for row, texts in zip(questions, answers, strict=True):
@@ -175,9 +189,24 @@ def preference_rows(
     return rows, {"pairs": float(len(rows)), **statistics}
 
 
+def asked(number: int) -> tuple[int, int]:
+    """Return how many prompts are asked for `number` pairs, and how many pairs each: beyond PAIRS more of each prompt.
+
+    Some more than `number` in all, since equal and empty answers are left out.
+    """
+    per_prompt = PAIRS_PER_PROMPT * math.ceil(number / PAIRS)
+    return min(world.size("pairs"), round(1.2 * number / per_prompt) + 1), per_prompt
+
+
 @torch.inference_mode()
 def sample(
-    policy: str, tokenizer: PreTrainedTokenizerFast, questions: Sequence[str], n: int, seed: int, batch: int = 32
+    policy: str,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[str],
+    n: int,
+    seed: int,
+    batch: int = 32,
+    tokens: int = ANSWER_TOKENS,
 ) -> list[list[str]]:
     """Return `n` answers to each question at temperature 1, as plain text."""
     torch.manual_seed(seed)
@@ -194,11 +223,22 @@ def sample(
             row[width - len(prompt) :] = torch.from_numpy(prompt)
         output = model.generate(
             input_ids=ids, attention_mask=(ids != pad).long(), do_sample=True, top_k=0, num_return_sequences=n,
-            max_new_tokens=ANSWER_TOKENS, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
+            max_new_tokens=tokens, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
         )  # fmt: skip
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         answers += [texts[i : i + n] for i in range(0, len(texts), n)]
     return answers
+
+
+def options(recipe: Recipe) -> Options:
+    """Return what the recipe changes of the world. Raises UserError for what it cannot change."""
+    try:
+        return Options.model_validate(recipe.run.prepare_options)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, ("run.prepare_options", *first["loc"])))
+        names = ", ".join(Options.model_fields)
+        raise UserError(f"{key}: {first['msg']}; the demo's world has the options {names}") from None
 
 
 def _sections(recipe: Recipe) -> tuple[Offline, Offline]:
