@@ -226,8 +226,7 @@ class TrainEngine:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights under their HF names on the CPU of rank 0, tied ones once; other ranks get none.
 
-        Use them before the next step: on a CPU they may be the weights themselves. A collective: all ranks must call
-        it. ZeRO-3 parameters are gathered in buckets.
+        A collective: all ranks must call it. ZeRO-3 parameters are gathered in buckets.
         """
         state: dict[str, Tensor] = {}
         bucket: list[tuple[str, nn.Parameter]] = []
@@ -240,8 +239,7 @@ class TrainEngine:
                 continue
             with deepspeed.zero.GatheredParameters([p for _, p in bucket], enabled=self.zero == 3):
                 if self.rank == 0:
-                    # What ZeRO-3 gathered is given up again; else a view does, until the next step.
-                    state |= {n: p.detach().to("cpu", copy=self.zero == 3) for n, p in bucket}
+                    state |= {n: p.detach().to("cpu", copy=True) for n, p in bucket}
             bucket, size = [], 0
         return state
 
