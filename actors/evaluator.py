@@ -3,6 +3,9 @@
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import torch
 
@@ -13,7 +16,7 @@ from configs.errors import UserError
 from configs.schema import EvalTask, Recipe
 from trainers.data import load_tokenizer
 from trainers.evaluations import TaskData, prepare, summarise
-from trainers.types import DataError, Evaluation, Group, InfraError, Sampling, Weights
+from trainers.types import DataError, Evaluation, Group, InfraError, Prompt, Sampling, Weights
 
 Scorer = ModelComponent | RuleComponent
 
@@ -60,15 +63,17 @@ class EvaluatorActor:
         due = [task for task in self._recipe.evaluation.tasks if landmark or task.at == "every"]
         if not due:
             return []
-        async with self._one_at_a_time:
-            began = time.monotonic()
-            try:
-                await self._generator.load(weights)
-                if await self._generator.check() != weights.version:
-                    raise InfraError(f"the evaluator is beyond version {weights.version}; versions must come in order")
-                return [await self._run(task, weights.version) for task in due]
-            finally:
-                self._busy_s += time.monotonic() - began
+        async with self._serving(weights):
+            return [await self._run(task, weights.version, await self._prompts(task)) for task in due]
+
+    async def evaluate_on(self, weights: Weights, task: str, prompts: Sequence[Prompt]) -> Evaluation:
+        """Run one task on other prompts than its own, versions in any order; raises as `evaluate` does.
+
+        After this `evaluate` is of no use: the engine is beyond its versions.
+        """
+        [asked] = [of for of in self._recipe.evaluation.tasks if of.name == task]
+        async with self._serving(weights, in_order=False):
+            return await self._run(asked, weights.version, prompts)
 
     async def times(self) -> dict[str, float]:
         """Seconds busy and waiting since the start."""
@@ -78,11 +83,27 @@ class EvaluatorActor:
         """End the engine."""
         await self._generator.close()
 
-    async def _run(self, task: EvalTask, version: int) -> Evaluation:
+    @asynccontextmanager
+    async def _serving(self, weights: Weights, *, in_order: bool = True) -> AsyncIterator[None]:
+        async with self._one_at_a_time:
+            began = time.monotonic()
+            try:
+                if not in_order:  # the engine's own count goes up only, and says nothing of the policy version then
+                    weights = replace(weights, version=await self._generator.check() + 1)
+                await self._generator.load(weights)
+                if await self._generator.check() != weights.version:
+                    raise InfraError(f"the evaluator is beyond version {weights.version}; versions must come in order")
+                yield
+            finally:
+                self._busy_s += time.monotonic() - began
+
+    async def _prompts(self, task: EvalTask) -> tuple[Prompt, ...]:
         if task.name not in self._tasks:
             tokenizer = load_tokenizer(self._recipe.model.path)
             self._tasks[task.name] = await asyncio.to_thread(prepare, task, tokenizer, self._recipe.model.max_length)
-        prompts = self._tasks[task.name].prompts
+        return self._tasks[task.name].prompts
+
+    async def _run(self, task: EvalTask, version: int, prompts: Sequence[Prompt]) -> Evaluation:
         scorers = {spec.name: await self._scorer(task, spec.name) for spec in task.scorers}
         sampling = sampling_of(task.sampling)
         try:

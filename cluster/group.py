@@ -247,6 +247,14 @@ class EvaluatorGroup:
         call_ = self._actor.evaluate.remote(weights, landmark)
         return await call(call_, f"evaluating version {weights.version}", self._deadline_s)
 
+    async def evaluate_on(self, weights: Weights, task: str, prompts: Sequence[Prompt]) -> Evaluation:
+        """Run one task on other prompts than its own; versions need not come in order."""
+        if self._actor is None:
+            raise ValueError(f"no evaluator for task {task}: the recipe has no evaluation.tasks")
+        call_ = self._actor.evaluate_on.remote(weights, task, prompts)
+        evaluation: Evaluation = await call(call_, f"evaluating version {weights.version} again", self._deadline_s)
+        return evaluation
+
 
 class Clocks:
     """How long each actor worked since the last reading."""

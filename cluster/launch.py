@@ -27,6 +27,7 @@ from configs.schema import Recipe
 from trainers import checkpoint
 from trainers.buffer import Buffer
 from trainers.figure import curves
+from trainers.final import Reserve, reserve, settle
 from trainers.journal import Hands, RunJournal
 from trainers.ledger import Ledger
 from trainers.online import Actors, run
@@ -35,7 +36,7 @@ from trainers.records import read_evaluations
 from trainers.rundir import RunDir
 from trainers.spool import read_metrics
 from trainers.tracking import Tracker
-from trainers.types import Evaluation
+from trainers.types import Evaluation, Prompt
 from trainers.watcher import UNJUDGED, Watcher
 
 log = logging.getLogger("headroom")
@@ -157,8 +158,17 @@ async def _run(
         raise_kl=cast.learner.raise_kl,
         refresh=refresher.refresh,
     )
+    aside = await asyncio.to_thread(reserve, recipe)
     journal = RunJournal(
-        recipe, rundir, tracker, pins, hands, version=version, position=int(meta["position"]), incarnation=incarnation
+        recipe,
+        rundir,
+        tracker,
+        pins,
+        hands,
+        shortlisting=aside is not None,
+        version=version,
+        position=int(meta["position"]),
+        incarnation=incarnation,
     )
     note_data(recipe, rundir, tracker, cast)
     missed = journal.recall(tracker.evaluations(up_to=version))
@@ -182,12 +192,37 @@ async def _run(
             steps=steps,
             unfinished=[weights_from_directory(pins.path(v), v) for v in missed if v != version],
         )
+        if aside is not None:
+            await settle_best(recipe, rundir, tracker, cast, pins, journal, aside)
     finally:
         progress.close()
         await refresher.close()
     if journal.stopping():
         log.info("asked to end: saved at version %d of %d; the same command continues", cast.learner.version, steps)
     return journal
+
+
+async def settle_best(
+    recipe: Recipe, rundir: RunDir, tracker: Tracker, cast: Cast, pins: Pins, journal: RunJournal, aside: Reserve
+) -> None:
+    """Evaluate the likely best versions again and keep the best of them; left to the resume if asked to end."""
+
+    async def evaluate(version: int, prompts: Sequence[Prompt]) -> Evaluation:
+        weights = await asyncio.to_thread(weights_from_directory, pins.path(version), version)
+        return await cast.evaluator.evaluate_on(weights, aside.task.name, prompts)
+
+    settling = asyncio.ensure_future(settle(rundir, aside, recipe.evaluation.primary or "", pins.versions(), evaluate))
+    asked = asyncio.ensure_future(journal.asked())
+    try:
+        await asyncio.wait((settling, asked), return_when=asyncio.FIRST_COMPLETED)
+        if not settling.done() or (found := settling.result()) is None:
+            return
+    finally:
+        settling.cancel()
+        asked.cancel()
+    journal.settle(found.version)
+    tracker.log_final(found.folder)
+    tracker.log_tags(found.tags)
 
 
 def listen(journal: RunJournal) -> None:

@@ -86,7 +86,8 @@ def _show(watch: Watch, run: MeasuredRun) -> None:
 
 def _fingerprint(run: MeasuredRun) -> str:
     """Tell readings apart by all the numbers that anything is said of."""
-    curves = (run.series.reward, run.series.kl, *run.series.evaluations)
+    final = () if run.final is None else (run.final.again, run.final.untouched)
+    curves = (run.series.reward, run.series.kl, *run.series.evaluations, *final)
     return content_hash([_numbers(curve) for curve in curves if curve is not None])
 
 
@@ -123,7 +124,8 @@ def _chosen(selected: Selected) -> str:
     if selected.version is None or selected.value is None or selected.gain is None:
         return "not enough"
     value, gain = (f"{one.value:+.3g} [{one.low:+.3g}, {one.high:+.3g}]" for one in (selected.value, selected.gain))
-    return f"version {selected.version}: {value}, {gain} over version {selected.base}"
+    fresh = ", on prompts that nothing was chosen on" if selected.source == "untouched" else ""
+    return f"version {selected.version}: {value}, {gain} over version {selected.base}{fresh}"
 
 
 def _headroom(headroom: Headroom) -> str:

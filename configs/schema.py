@@ -242,12 +242,22 @@ class EvalTask(Section):
     at: Literal["every", "first_middle_last"] = "every"
 
 
+class FinalEvaluation(Section):
+    """When training ends, the versions that may be best are evaluated again by the primary task, on other prompts."""
+
+    prompts: int | None = Field(None, ge=0)
+    """Prompts that the best of them is chosen on, beyond the task's own; null: as many as those; 0: none of this."""
+    untouched: int | None = Field(None, ge=2)
+    """Further prompts, on which nothing is chosen: they say how good it is. null: as many as the task's."""
+
+
 class EvaluationConfig(Section):
     every: int = Field(10, ge=1)
     """Versions between evaluations; version 0 and the last are always evaluated."""
     primary: str | None = None
     """`task/metric` that chooses the best checkpoint."""
     tasks: list[EvalTask] = []
+    final: FinalEvaluation = FinalEvaluation()
     deadline_s: float = Field(1800, gt=0)
     kv_cache_gb: float = Field(1, gt=0)
     engine: dict[str, Any] = {}

@@ -8,7 +8,7 @@ import pytest
 
 from configs.schema import Data, EvalScorer, EvalTask, SamplingParams
 from tests.tiny import tokenizer
-from trainers.evaluations import due_versions, milestones, prepare, summarise
+from trainers.evaluations import due_versions, milestones, prepare, summarise, unused
 from trainers.types import Group, Rollout
 
 
@@ -39,6 +39,17 @@ def test_fewer_prompts_are_the_first_of_more(tmp_path: Path) -> None:
     few, many = (prepare(task(tmp_path / "rows.jsonl", n), tokenizer(), 100).prompts for n in (5, 50))
     assert [p.uid for p in few] == [p.uid for p in many[:5]]
     assert len(many) == 20 and len({p.uid for p in many}) == 20
+
+
+def test_unused_prompts_come_after_the_evaluated_ones_each_text_once(tmp_path: Path) -> None:
+    asked = task(tmp_path / "rows.jsonl", 5)
+    path = tmp_path / "rows.jsonl"
+    path.write_text(2 * path.read_text())
+    evaluated = {prompt.messages[0]["content"] for prompt in prepare(asked, tokenizer(), 100).prompts}
+    texts = [prompt.messages[0]["content"] for prompt in unused(asked, tokenizer(), 100, most=50)]
+    assert len(texts) == len(set(texts)) == 20 - len(evaluated) and not evaluated & set(texts)
+    some = [prompt.messages[0]["content"] for prompt in unused(asked, tokenizer(), 100, most=3)]
+    assert some == texts[:3]
 
 
 @pytest.mark.parametrize(

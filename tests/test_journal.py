@@ -43,6 +43,7 @@ def journal_of(
     every: int = 1,
     at: str = "every",
     action: str = "report",
+    shortlisting: bool = False,
     uri: str | None = None,
     kl: KLCoefficient | None = None,
 ) -> RunJournal:
@@ -82,7 +83,9 @@ def journal_of(
     )
     tracker: Any = SilentTracker() if uri is None else Tracker(recipe, rundir, incarnation=0)
     pins = Pins(where / "exports")
-    return RunJournal(recipe, rundir, tracker, pins, hands, version=version, position=0, incarnation=0)
+    return RunJournal(
+        recipe, rundir, tracker, pins, hands, shortlisting=shortlisting, version=version, position=0, incarnation=0
+    )
 
 
 def take(version: int) -> Take:

@@ -1,5 +1,6 @@
 """`headroom watch`, `report`, `compare` on runs in MLflow: Headroom's own, and those logged as TRL's trainer does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -13,6 +14,7 @@ from tests.test_report import Parsed
 from tests.test_watch import GOLD, answers, refused, scores
 from trainers.ledger import Entry, Ledger
 from trainers.measured import Columns
+from trainers.records import write_evaluations
 from trainers.rundir import RunDir
 from trainers.sources import read, read_all
 from trainers.tracking import Tracker
@@ -75,7 +77,19 @@ def headroom_run(path: Path, uri: str) -> None:
                 tracker.log_metrics(version, {"kl/reference": version / 500, "policy/entropy": float("nan")})
                 if version % 10 == 0:
                     tracker.log_evaluations([evaluation(version, shift=5.0 * (incarnation == 0 and version > 50))])
+            if incarnation:
+                keep_final(rundir, tracker)
             tracker.finish(deadline_s=120)
+
+
+def keep_final(rundir: RunDir, tracker: Tracker) -> None:
+    """Write what a training leaves when it has ended at version 90."""
+    for part, versions in {"again": (0, 40, 50), "untouched": (0, 50)}.items():
+        for version in versions:
+            uids = tuple(f"{part}-p{place}" for place in range(200))
+            again = replace(evaluation(version, shift=0.0), prompt_uids=uids)
+            write_evaluations(rundir.final / "version-000090" / part, [again])
+    tracker.log_final(rundir.final / "version-000090")
 
 
 def step_of(version: int, incarnation: int) -> Entry:
@@ -111,7 +125,10 @@ def test_a_run_of_headroom_says_the_same_from_its_directory_and_from_mlflow(
     here, there = read("run"), read(f"mlflow:{run_id}")
     np.testing.assert_allclose(here.series.primary.mean, scores().mean(1), atol=1e-6)
     assert here.series.reward.mean[50] == pytest.approx(0.50) and here.series.reward.mean[51] == pytest.approx(-0.49)
+    assert found["chosen_value"]["sample"] == "untouched" and found["chosen_version"] in (0, 40, 50)
     for run in (here, there):
+        assert run.final is not None and run.final.again.versions.tolist() == [0, 40, 50]
+        assert run.final.untouched.versions.tolist() == [0, 50]
         assert (run.planned, run.final_version) == (10, 90) and run.name == "mine" and run.seconds == 91
         assert [early.curve.name for early in run.early_warnings] == ["policy/entropy", "task/length"]
         assert run.samples[60][0]["completion"] == "answer 60" and run.params["run.steps"] == "90"

@@ -169,6 +169,7 @@ def test_killed_three_times_asked_to_end_and_resumed_exactly_once(tmp_path: Path
     assert len(_lines(run / "ledger.rolled_back.jsonl")) >= 1
 
     _check_tracking(tmp_path, run)
+    assert {path.name for path in (run / "final" / f"version-{STEPS:06d}").iterdir()} == {"again", "untouched"}
     best = [path for path in (run / "exports").iterdir() if path.name.startswith("version-")]
     assert best
     for path in best:  # evaluated, best or last: plain HF models
@@ -189,6 +190,7 @@ def _check_tracking(where: Path, run: Path) -> None:
     assert served[STEPS] == 1
     busy = {metric.step: metric.value for metric in client.get_metric_history(run_id, "time/generator-0_busy")}
     assert all(busy[version] >= 0 for version in busy) and busy[STEPS - 1] > 0
+    assert int(client.get_run(run_id).data.tags["chosen.version"]) in range(STEPS + 1)
     evaluated = {metric.step for metric in client.get_metric_history(run_id, "eval/held/length")}
     assert evaluated == set(range(0, STEPS + 1, 2))
     gaps = [metric.value for metric in client.get_metric_history(run_id, "sync/logprob_gap")]

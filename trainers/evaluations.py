@@ -26,10 +26,28 @@ class TaskData:
 
 def prepare(task: EvalTask, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TaskData:
     """Load and render the first `task.prompts` prompts of a fixed order; `max_length` is the model's context."""
-    longest = min(task.data.max_prompt_tokens, max_length - task.sampling.max_tokens)
-    stream = PromptStream(load_rows(task.data), tokenizer, task.data, longest, ORDER_SEED)
+    stream = _stream(task, tokenizer, max_length)
     prompts = tuple(stream[position] for position in range(min(task.prompts, len(stream))))
     return TaskData(task=task, prompts=prompts, rows_hash=stream.rows_hash)
+
+
+def unused(task: EvalTask, tokenizer: PreTrainedTokenizerBase, max_length: int, most: int) -> tuple[Prompt, ...]:
+    """Return up to `most` prompts that come after those of `prepare`: no text twice, and none that is evaluated."""
+    stream = _stream(task, tokenizer, max_length)
+    found: dict[str, Prompt] = {}
+    evaluated = {prompt_text(stream[position].messages) for position in range(min(task.prompts, len(stream)))}
+    for position in range(task.prompts, len(stream)):
+        if len(found) == most:
+            break
+        prompt = stream[position]
+        if (text := prompt_text(prompt.messages)) not in evaluated:
+            found.setdefault(text, prompt)
+    return tuple(found.values())
+
+
+def _stream(task: EvalTask, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PromptStream:
+    longest = min(task.data.max_prompt_tokens, max_length - task.sampling.max_tokens)
+    return PromptStream(load_rows(task.data), tokenizer, task.data, longest, ORDER_SEED)
 
 
 def due_versions(steps: int, every: int) -> tuple[int, ...]:

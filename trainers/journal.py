@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,16 @@ from trainers.batch import rollout_metrics
 from trainers.buffer import Take
 from trainers.evaluations import due_versions, milestones
 from trainers.ledger import Entry, Ledger
-from trainers.mismatch import Alarm, State
+from trainers.mismatch import Alarm, Curve, State, shortlist
 from trainers.mismatch.findings import Findings
 from trainers.pins import Pins, best_version
 from trainers.rundir import RunDir
 from trainers.tracking import Tracker
 from trainers.types import Evaluation, StepStats, Weights
+from trainers.watcher import UNJUDGED
 
 log = logging.getLogger("headroom")
+SPARE = 5  # versions kept for a shortlist of three: what is deleted cannot come back
 SAMPLES_EVERY = 5  # versions between tables of completions
 
 
@@ -51,11 +53,15 @@ class RunJournal:
         pins: Pins,
         hands: Hands,
         *,
+        shortlisting: bool = False,
         version: int,
         position: int,
         incarnation: int,
     ) -> None:
-        """Take up the run where its checkpoint left it: after step `version`, with `position` prompts retired."""
+        """Take up the run where its checkpoint left it: after step `version`, with `position` prompts retired.
+
+        `shortlisting`: keep the weights of all versions that may be evaluated again when training ends.
+        """
         self.position = position
         self._version = self._saved = version  # last recorded, and last that a kill cannot take back
         self._recipe = recipe
@@ -66,14 +72,19 @@ class RunJournal:
         self._ledger = Ledger(rundir.ledger)
         self._finished = time.monotonic()
         self._stop = asyncio.Event()
+        self._asked = asyncio.Event()  # by someone outside: not by the alarm
         self._primary: dict[int, float] = {}  # version -> mean of the primary evaluation
         self._evaluated: dict[int, dict[str, float]] = {}
         self._pins = pins
+        self._shortlisting = shortlisting
+        self._curve: Curve | None = None  # of the primary evaluation, as last judged
+        self._settled: int | None = None  # the best version, once it was evaluated again
         self.latest: float | None = None
         self.state: State | None = None  # of reward and primary evaluation, as last judged
 
     def stop(self) -> None:
         """Ask the run to end: after the current step if one is being trained, with a checkpoint."""
+        self._asked.set()
         self._stop.set()
 
     def stopping(self) -> bool:
@@ -83,6 +94,10 @@ class RunJournal:
     async def stopped(self) -> None:
         """Return once `stop` is called."""
         await self._stop.wait()
+
+    async def asked(self) -> None:
+        """Return once the run is asked to end by another than its alarm."""
+        await self._asked.wait()
 
     async def suspend(self) -> None:
         """Save the last recorded step unless its checkpoint is there."""
@@ -163,7 +178,8 @@ class RunJournal:
     async def evaluated(self, results: Sequence[Evaluation]) -> None:
         """Log one version's evaluations; keep its weights only if it is the best so far, or may be again.
 
-        A resume takes back what was evaluated after the checkpoint, so the best up to there stays as well.
+        A resume takes back what was evaluated after the checkpoint, so the best up to there stays as well. With the
+        shortlist these are at most SPARE + 4 versions, besides those that wait to be evaluated (four at most).
         """
         if not results:
             return
@@ -173,7 +189,23 @@ class RunJournal:
         pending = set(self._pins.versions()) - self._evaluated.keys()
         safe = {version: score for version, score in self._primary.items() if version <= self._saved}
         last = self._recipe.run.steps
-        self._pins.keep_only({*pending, last, best_version(self._primary), best_version(safe)})
+        likely = await asyncio.to_thread(self._likely) if self._shortlisting else ()
+        self._pins.keep_only({*pending, last, best_version(self._primary), best_version(safe), *likely})
+
+    def _likely(self) -> Collection[int]:
+        """Return the first version and the SPARE that are most likely to be shortlisted in the end."""
+        try:
+            if self._curve is not None and (listed := shortlist(self._curve, SPARE)).versions:
+                return listed.versions
+        except UNJUDGED as error:
+            log.debug("no shortlist: %s", error)
+        return [*sorted(self._primary)[:1], *sorted(self._primary, key=self._primary.__getitem__)[-SPARE:]]
+
+    def settle(self, version: int) -> None:
+        """Take `version` for the best; keep its weights, and the first's and last's where training is over."""
+        self._settled = version
+        if not self.stopping():
+            self._pins.keep_only({version, min(self._primary), self._recipe.run.steps})
 
     async def _judge(self) -> None:
         """Ask whether reward and primary evaluation have parted, and act on it as the recipe says."""
@@ -182,6 +214,7 @@ class RunJournal:
         findings = await self._hands.judge()
         if findings is None:
             return
+        self._curve = findings.series.primary
         verdict = findings.verdict
         if verdict.state is not None and verdict.state != self.state:
             log.info("state: %s since version %s", verdict.state, verdict.since_version)
@@ -196,7 +229,7 @@ class RunJournal:
         config = self._recipe.alarm
         if config.action == "stop":
             log.warning("alarm.action is stop: ending with a checkpoint")
-            self.stop()
+            self._stop.set()
         elif config.action == "raise_kl" and self._version < self._recipe.run.steps:
             since = max((fall.recovered for fall in alarm.falls if fall.recovered is not None), default=0)
             if not await self._hands.raise_kl(config.kl_factor, version, since):
@@ -226,7 +259,7 @@ class RunJournal:
     @property
     def best(self) -> tuple[int, Path] | None:
         """The version that is best by the primary evaluation, and its HF model."""
-        version = best_version(self._primary)
+        version = best_version(self._primary) if self._settled is None else self._settled
         return None if version is None else (version, self._pins.path(version))
 
 

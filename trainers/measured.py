@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from configs.errors import UserError
-from trainers.mismatch import Curve, Series, from_means, from_records, from_table
+from trainers.mismatch import Curve, Final, Series, from_means, from_records, from_table
 from trainers.mismatch.alarm import FEWEST
 from trainers.mismatch.sources import Table, is_scores
 from trainers.rundir import content_hash
@@ -69,6 +69,7 @@ class MeasuredRun:
     early_warnings: tuple[EarlyWarning, ...] = ()
     # version -> samples of the primary evaluation's task: prompt, completion, and each metric's score by its name
     samples: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    final: Final | None = None  # what was evaluated when training ended, by the primary evaluation
     seconds: float | None = None  # spent on it so far; None: not known
     notes: tuple[str, ...] = ()  # what was found by name and could be chosen otherwise
 
@@ -81,6 +82,8 @@ class Logged:
     tags: Mapping[str, str]
     metrics: Mapping[str, Points]
     records: Mapping[int, Sequence[Evaluation]]  # by version
+    # last version of the curve -> sample -> the same of what was evaluated after that curve
+    final: Mapping[int, Mapping[str, Mapping[int, Sequence[Evaluation]]]] = field(default_factory=dict)
 
 
 def choose(columns: Columns, names: Sequence[str], recognised: Sequence[str], where: str) -> Columns:
@@ -165,6 +168,7 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
         curves = {curve.name: curve for curve in paired.evaluations}
         curves |= {key: _defined(key, logged.metrics[key]) for key in kinds if key in metrics}
         curves |= {key: from_means(key, *_columns(logged.metrics[key]), None) for key in named if key in metrics}
+        final = _final(logged, curves[primary]) if primary == chosen.evaluations[0] else None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     first, due = chosen.evaluations[0], _due(logged.params)
@@ -184,9 +188,23 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
             EarlyWarning(kind=kind, curve=curves[key]) for key, kind in kinds.items() if key not in chosen.evaluations
         ),
         samples=_samples(logged.records, task=first.rpartition("/")[0]),
+        final=final,
         seconds=math.fsum(value for _, value in logged.metrics.get("time/step", ())),
         notes=() if primary in scored else _notes(columns, chosen),
     )
+
+
+def primary_curve(records: Mapping[int, Sequence[Evaluation]], name: str) -> Curve:
+    """Return one evaluation of a run's records. Raises UserError as `from_records` does."""
+    return from_records(_only(records, {name}), reward=from_means("", [], [], None), primary=name).primary
+
+
+def _final(logged: Logged, curve: Curve) -> Final | None:
+    """Return what was evaluated after this very curve; a run that went on since then has a longer one."""
+    found = logged.final.get(int(curve.versions[-1]), {}) if len(curve.versions) else {}
+    if not (found.get("again") and found.get("untouched")):
+        return None
+    return Final(**{part: primary_curve(found[part], curve.name) for part in ("again", "untouched")})
 
 
 def _known(what: str, option: str, usual: Sequence[str], names: Sequence[str], where: str) -> str:

@@ -54,6 +54,14 @@ def read_evaluations(root: Path) -> dict[int, list[Evaluation]]:
     return found
 
 
+def read_final(root: Path) -> dict[int, dict[str, dict[int, list[Evaluation]]]]:
+    """Return the finished samples of the end of a run: last version of the curve -> sample -> version -> tasks."""
+    return {
+        int(path.name.removeprefix("version-")): {part.name: read_evaluations(part) for part in sorted(path.iterdir())}
+        for path in sorted(root.glob("version-*"))
+    }
+
+
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write rows as the table format that MLflow's pages show."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

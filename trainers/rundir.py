@@ -22,6 +22,7 @@ FREE_KEYS = (
     "run.checkpoint_every",
     "run.keep_checkpoints",
     "run.dir",
+    "evaluation.final",
     "tracking",
     "ray",
     "alarm",
@@ -130,6 +131,11 @@ class RunDir:
         return self.path / "evaluations"
 
     @property
+    def final(self) -> Path:
+        """What was evaluated when training ended, by the last version of the curve then."""
+        return self.path / "final"
+
+    @property
     def samples(self) -> Path:
         """Tables of sample completions by version."""
         return self.path / "samples"
@@ -194,8 +200,8 @@ class RunDir:
 
     def forget_after(self, version: int) -> None:
         """Delete evaluations and samples of versions that a resume rolled back."""
-        for path in (*self.evaluations.glob("version-*"), *self.samples.glob("version-*")):
-            if int(path.stem.removeprefix("version-")) > version:
+        for path in (*self.evaluations.glob("version-*"), *self.samples.glob("version-*"), *self.final.glob("*-*")):
+            if int(path.stem.rpartition("-")[2]) > version:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def adopt_config(self, config: Mapping[str, Any]) -> bool:

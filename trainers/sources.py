@@ -7,7 +7,7 @@ from configs.rows import read_rows
 from trainers import spool
 from trainers.measured import Columns, Logged, MeasuredRun, choose, from_columns, from_headroom, recognise
 from trainers.mismatch.sources import is_scores
-from trainers.records import read_evaluations
+from trainers.records import read_evaluations, read_final
 from trainers.rundir import RunDir
 
 MLFLOW = "mlflow:"
@@ -73,5 +73,6 @@ def _run_directory(source: str, columns: Columns) -> MeasuredRun:
         tags=texts["tag"],
         metrics=spool.read_metrics(rundir.metrics),
         records=read_evaluations(rundir.evaluations),
+        final=read_final(rundir.final),
     )
     return from_headroom(logged.params.get("run.name", rundir.path.name), source, logged, columns)

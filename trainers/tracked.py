@@ -28,7 +28,7 @@ from trainers.measured import (
     from_headroom,
     recognise,
 )
-from trainers.records import read_evaluations
+from trainers.records import read_evaluations, read_final
 from trainers.redact import printable_uri, short
 from trainers.spool import INCARNATION, surviving
 from trainers.types import Evaluation, InfraError
@@ -110,11 +110,17 @@ class Store:
 
     def evaluations(self, run: TrackedRun) -> dict[int, list[Evaluation]]:
         """Return the per-prompt records that a run of Headroom left as artifacts, by version."""
-        if not self._ask(lambda: self._client.list_artifacts(run.run_id, "evaluations")):
+        return self._read(run, "evaluations", read_evaluations)
+
+    def final(self, run: TrackedRun) -> dict[int, dict[str, dict[int, list[Evaluation]]]]:
+        """Return what a run of Headroom evaluated when its training ended; see `trainers.records.read_final`."""
+        return self._read(run, "final", read_final)
+
+    def _read(self, run: TrackedRun, folder: str, read: Callable[[Path], dict[int, T]]) -> dict[int, T]:
+        if not self._ask(lambda: self._client.list_artifacts(run.run_id, folder)):
             return {}
         with tempfile.TemporaryDirectory() as directory:
-            path = self._ask(lambda: self._client.download_artifacts(run.run_id, "evaluations", directory))
-            return read_evaluations(Path(path))
+            return read(Path(self._ask(lambda: self._client.download_artifacts(run.run_id, folder, directory))))
 
     def _by_id(self, run_id: str) -> Run | None:
         try:
@@ -152,7 +158,7 @@ def measured(store: Store, run: TrackedRun, columns: Columns) -> MeasuredRun:
         metrics = {key: store.history(run, key) for key in keys}
         kept = {version for key, points in metrics.items() if key.startswith("eval/") for version, _ in points}
         records = {version: found for version, found in store.evaluations(run).items() if version in kept}
-        logged = Logged(params=run.params, tags=run.tags, metrics=metrics, records=records)
+        logged = Logged(params=run.params, tags=run.tags, metrics=metrics, records=records, final=store.final(run))
         return from_headroom(run.name, source, logged, columns)
     names = ["step", *keys]
     chosen = choose(replace(columns, version=columns.version or "step"), names, recognise(names), source)

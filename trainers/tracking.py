@@ -266,6 +266,10 @@ class Tracker:
         """Keep a page about the run that lies in its directory."""
         self._file(path, "report")
 
+    def log_final(self, path: Path) -> None:
+        """Keep what was evaluated when training ended, under a name that enters no curve."""
+        self._file(path, "final")
+
     def log_checkpoint(self, path: Path, version: int, **tags: str) -> None:
         """Register a checkpoint where it lies; nothing is copied."""
         self._files.append([{
@@ -323,7 +327,9 @@ class Tracker:
             }
             for key, value in flatten(config).items()
         )
-        hashes = {f"config.{group}": content_hash(config[group])[:12] for group in HASHED_GROUPS}
+        # What is evaluated after the curves changes nothing in how they compare.
+        hashed = config | {"evaluation": {key: of for key, of in config["evaluation"].items() if key != "final"}}
+        hashes = {f"config.{group}": content_hash(hashed[group])[:12] for group in HASHED_GROUPS}
         self.log_tags({**hashes, **_git_tags(), **config["tracking"]["tags"]})
         self.log_tags({"headroom.dir": str(self._rundir.path.resolve())})
         path = self._rundir.path / "config.json"

@@ -39,7 +39,9 @@ def judge_run(
     ended = run.final_version is None or (len(versions) > 0 and int(versions[-1]) >= run.final_version)
     if kl_budget is None and version_budget is None and not ended:
         version_budget = run.final_version
-    return find(run.series, settings, kl_budget=kl_budget, version_budget=version_budget, notes=run.notes)
+    return find(
+        run.series, settings, kl_budget=kl_budget, version_budget=version_budget, final=run.final, notes=run.notes
+    )
 
 
 def alarm_settings(config: AlarmConfig) -> Settings:

@@ -52,12 +52,13 @@ def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | N
 
 def _chosen(found: selection.Selected) -> Choice:
     of, _, of_gain = found.estimand.partition("; gain: ")
+    fresh = found.source == "untouched"
     return Choice(
-        rule="chosen: best of the smoothed curve",
+        rule="chosen: best of the smoothed curve" + (", re-evaluated" if fresh else ""),
         version=found.version,
         value=_estimate(found.value, of),
         gain=_estimate(found.gain, of_gain),
-        note=found.not_enough or found.note or "",
+        note=found.not_enough or found.note or ("Measured on prompts that nothing was chosen on" if fresh else ""),
     )
 
 

@@ -13,7 +13,18 @@ from trainers.mismatch.findings import Findings, find, to_json
 from trainers.mismatch.gap import length_share, length_share_of_prompts, proxy_gold_gap
 from trainers.mismatch.headroom import Forecast, Headroom, crps, crps_normal, forecast, headroom_within
 from trainers.mismatch.paths import Law, fit_law
-from trainers.mismatch.selection import Choice, Estimate, Rival, Selected, Shortlist, choose, report, rivals, shortlist
+from trainers.mismatch.selection import (
+    Choice,
+    Estimate,
+    Final,
+    Rival,
+    Selected,
+    Shortlist,
+    choose,
+    report,
+    rivals,
+    shortlist,
+)
 from trainers.mismatch.series import Curve, Series, from_means, from_scores
 from trainers.mismatch.sources import from_records, from_table
 
@@ -25,6 +36,7 @@ __all__ = [
     "Curve",
     "Estimate",
     "Fall",
+    "Final",
     "Findings",
     "Forecast",
     "Headroom",

@@ -8,7 +8,7 @@ from configs.errors import UserError
 from trainers.mismatch.alarm import Alarm, Settings, Verdict, judge
 from trainers.mismatch.correlation import Correlation, correlate
 from trainers.mismatch.headroom import Headroom, headroom_within
-from trainers.mismatch.selection import Estimate, Rival, Selected, choose, report, rivals
+from trainers.mismatch.selection import Estimate, Final, Rival, Selected, choose, report, rivals
 from trainers.mismatch.series import Series
 
 
@@ -18,7 +18,7 @@ class Findings:
 
     series: Series
     verdict: Verdict
-    selected: Selected  # from the curve itself: nothing is evaluated again here
+    selected: Selected  # its source says whether anything was evaluated again for it
     rivals: tuple[Rival, ...]  # what simpler rules would have chosen
     headroom: Headroom
     correlations: tuple[Correlation, ...]  # over the whole run: reward and KL with each evaluation
@@ -31,19 +31,23 @@ def find(
     *,
     kl_budget: float | None = None,
     version_budget: int | None = None,
+    final: Final | None = None,
     notes: tuple[str, ...] = (),
 ) -> Findings:
     """Ask every part of the instrument about one run.
 
     The headroom is that within `kl_budget` (nats) or up to `version_budget`; of neither, up to half as many versions
-    again as lie behind. `notes` are the reader's and come last among the reasons. Raises UserError as the parts do.
+    again as lie behind. `final`: what was evaluated after the primary evaluation's curve, to choose a version and to
+    value it; without it both come from the curve. `notes` are the reader's and come last among the reasons. Raises
+    UserError as the parts do.
     """
     if kl_budget is not None and version_budget is not None:
         raise UserError("give one budget: a KL or a version")
     if kl_budget is None and version_budget is None:
         version_budget = _half_again(series)
     verdict = judge(series, settings)
-    selected = report(choose(series.primary))
+    again, untouched = (None, None) if final is None else (final.again, final.untouched)
+    selected = report(choose(series.primary, again), untouched)
     headroom = headroom_within(series, kl=kl_budget, version=version_budget)
     correlations = correlate(series)
     reasons = [
@@ -57,7 +61,7 @@ def find(
         series=series,
         verdict=verdict,
         selected=selected,
-        rivals=rivals(series, kl_budget=kl_budget),
+        rivals=rivals(series, kl_budget=kl_budget, fresh=untouched),
         headroom=headroom,
         correlations=correlations,
         reasons=tuple(dict.fromkeys(reasons)),

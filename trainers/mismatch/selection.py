@@ -8,6 +8,7 @@ The three samples must not share prompts; curves carry no prompts, so that is th
 values is biased upward, so is every value read off the data that it was chosen on; only an untouched sample has none.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,17 +26,6 @@ RULES: tuple[Rule, ...] = ("last", "highest reward", "KL budget", "raw best")
 Pick = tuple[int | None, str | None, str | None]  # version, note, not enough
 
 FEWEST = 3  # evaluated versions before one is chosen
-AMPLITUDES = (
-    0.3,
-    1.0,
-    3.0,
-    10.0,
-    30.0,
-    100.0,
-    300.0,
-)  # of the path, in standard errors of a neighbours' difference / √2
-LENGTHS = (1.0, 3.0, 9.0, 27.0)  # over which the path is correlated, in median distances between versions
-JITTER = 1e-6  # of the errors' variance, so that no covariance is singular
 DRAWS, SEED = 1_000, 0  # of the posterior, for the shortlist
 
 
@@ -56,6 +46,14 @@ class Shortlist:
     base: int | None  # the first evaluated version; None: not enough
     versions: tuple[int, ...]
     not_enough: str | None  # why there is none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Final:
+    """What was evaluated after the curve, each on prompts that the curve and the other one do not use."""
+
+    again: Curve  # the shortlist, to choose on
+    untouched: Curve  # the chosen version and the base, to report from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -100,8 +98,10 @@ class Rival:
     not_enough: str | None
 
 
-def shortlist(curve: Curve, size: int = 3) -> Shortlist:
+def shortlist(curve: Curve, size: int = 3, among: Collection[int] | None = None) -> Shortlist:
     """Return the base and the `size` other versions which together are expected to hold the best one.
+
+    `among`: versions that can be evaluated again; None: all of the curve's.
 
     Greedy in the expected maximum of the true values over the set, under the posterior of `smooth`: submodular, so
     that greedy is near the optimum (Nemhauser, Wolsey & Fisher 1978). Neighbours that are sure to be alike do not fill
@@ -116,10 +116,12 @@ def shortlist(curve: Curve, size: int = 3) -> Shortlist:
     normal = np.random.default_rng(SEED).standard_normal((DRAWS, len(mean))).T
     drawn = mean[:, None] + _root(covariance) @ normal
     places, best = [0], drawn[0]
-    for _ in range(min(size, len(mean) - 1)):
+    gone = [place for place, version in enumerate(curve.versions) if among is not None and version not in among]
+    for _ in range(min(size, len(mean) - len({0, *gone}))):
         expected = np.maximum(best, drawn).mean(1)
+        expected[gone] = -np.inf
         expected[places] = -np.inf
-        places.append(int(np.argmax(expected)))
+        places.append(max(range(len(mean)), key=lambda place: (expected[place], mean[place])))
         best = np.maximum(best, drawn[places[-1]])
     versions = tuple(int(version) for version in curve.versions[sorted(places)])
     return Shortlist(evaluation=curve.name, base=int(curve.versions[0]), versions=versions, not_enough=None)
