@@ -5,7 +5,8 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -63,6 +64,19 @@ def environment(options: EngineOptions, *, cpu: bool) -> dict[str, str]:
         # worker process to set its threads in, unless this variable, meant for offline use, is 0.
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return variables
+
+
+@contextmanager
+def environ(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables of this process for as long as its children start."""
+    before = {name: os.environ[name] for name in variables if name in os.environ}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 def sample_seed(run: str, uid: str, sample: int) -> int:

@@ -3,8 +3,7 @@
 import asyncio
 import os
 import time
-from collections.abc import Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Coroutine, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
-from actors.engine import EngineOptions, EngineStats, environment, sample_seed, shortened
+from actors.engine import EngineOptions, EngineStats, environ, environment, sample_seed, shortened
 from actors.weight_sync import BACKEND, WORKER_EXTENSION, Mailbox, NcclGroup, fetch, load_weights, register_with_vllm
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights
 
@@ -64,7 +63,7 @@ class Engine:
         """Start vLLM's processes with random weights; return when they answer. Raises InfraError."""
         arguments, counts = self._arguments(), [_scheduler_counts(self.stats)]
         try:
-            with _environment(environment(self.options, cpu=current_platform.is_cpu())):
+            with environ(environment(self.options, cpu=current_platform.is_cpu())):
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=counts)
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
@@ -336,18 +335,6 @@ class Generator:
         """End vLLM and remove this run's files from shared memory."""
         self._engine.close()
         self._mailbox.close()
-
-
-@contextmanager
-def _environment(variables: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ[name] for name in variables if name in os.environ}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name in variables:
-            del os.environ[name]
-        os.environ.update(before)
 
 
 def _vllm_sampling(sampling: Sampling, seed: int) -> VllmSampling:
