@@ -9,7 +9,8 @@ import pytest
 from configs.schema import Data, EvalScorer, EvalTask, SamplingParams
 from tests.tiny import tokenizer
 from trainers.evaluations import due_versions, milestones, prepare, summarise, unused
-from trainers.types import Group, Rollout
+from trainers.records import read_evaluations, write_evaluations
+from trainers.types import Evaluation, Group, Rollout
 
 
 def task(path: Path, prompts: int) -> EvalTask:
@@ -80,3 +81,14 @@ def test_scores_are_means_over_a_prompts_samples_and_every_sample_is_kept(tmp_pa
     assert [sample["score"] for sample in result.samples] == [1, 2, 5, 8]
     assert result.samples[3]["completion"] == "x" and result.samples[3]["label"] == "safe"
     assert result.samples[0]["prompt"] == prompts[0].messages[0]["content"]
+
+
+def test_any_completion_is_read_back_as_it_was(tmp_path: Path) -> None:
+    text = "".join(map(chr, (*range(0x100), 0x2028, 0x2029, 0x1F600)))  # line ends of every kind among them
+    scores = {"gold": np.array([0.5, np.nan], np.float32)}
+    samples = ({"prompt": "p", "completion": text},) * 2
+    written = Evaluation(version=3, task="quiz", prompt_uids=("a", "b"), scores=scores, samples=samples)
+    write_evaluations(tmp_path, [written])
+    [found] = read_evaluations(tmp_path)[3]
+    assert found.samples == samples and found.prompt_uids == ("a", "b")
+    np.testing.assert_array_equal(found.scores["gold"], scores["gold"])

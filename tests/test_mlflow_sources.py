@@ -1,5 +1,8 @@
 """`headroom watch`, `report`, `compare` on runs in MLflow: Headroom's own, and those logged as TRL's trainer does."""
 
+import shutil
+import sqlite3
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,3 +176,122 @@ def test_reports_and_comparisons_of_runs_in_mlflow(
     assert main(["compare", "--experiment", "trl", "--eval", TRL_EVAL]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("again #1", "again #2", "grpo", "3 parted"))
+
+
+def foreign(path: Path) -> None:
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE notes (text)")
+    database.close()
+
+
+def older(path: Path) -> None:
+    """Make a store as an older version of MLflow leaves it; a newer one would change it while it opens it."""
+    shutil.copy("mlflow.db", path)
+    with sqlite3.connect(path) as database:
+        database.execute("DROP TABLE webhooks")
+        database.execute("UPDATE alembic_version SET version_num = 'older'")
+    database.close()
+
+
+STORES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no database": (lambda path: path.write_text("notes\n" * 1000), "file is not a database"),
+    "empty": (lambda path: path.touch(), "holds no experiments"),
+    "a directory": (lambda path: path.mkdir(), "Is a directory"),
+    "another program's": (foreign, "holds no experiments"),
+    "cut off": (lambda path: path.write_bytes(Path("mlflow.db").read_bytes()[:100_000]), "malformed"),
+    "another version's": (older, "mlflow db upgrade"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STORES)
+def test_a_broken_database_is_one_line_and_stays_as_it_is(
+    name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(store)
+    make, says = STORES[name]
+    path = tmp_path / "some.db"
+    make(path)
+    before = path.read_bytes() if path.is_file() else None
+    argv = ["watch", "mlflow:grpo", "--eval", TRL_EVAL, "--once", "--tracking-uri", f"sqlite:///{path}"]
+    refused(argv, ["some.db", says], capsys)
+    assert before is None or path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+ARTIFACTS: dict[str, tuple[Callable[[Path], object], int, list[str]]] = {
+    "all missing": (lambda root: shutil.rmtree(root), 2, ["records of all evaluated versions (0, 10, 20", "missing"]),
+    "a file for a directory": (lambda root: (shutil.rmtree(root), root.touch()), 2, ["records of all", "missing"]),
+    "samples deleted": (
+        lambda root: (root / "version-000050/task.samples.jsonl").unlink(),
+        2,
+        ["evaluations/version-000050/task.json: damaged record", "task.samples.jsonl: No such file"],
+    ),
+    "half a record": (
+        lambda root: (root / "version-000050/task.json").write_text('{"version": 50, "task"'),
+        2,
+        ["evaluations/version-000050/task.json: damaged record"],
+    ),
+    "other JSON": (
+        lambda root: (root / "version-000050/task.json").write_text("[50]"), 2, ["version-000050/task.json: damaged"]
+    ),
+    "too few scores": (
+        lambda root: (root / "version-000050/task.json").write_text(
+            '{"version": 50, "task": "task", "prompt_uids": ["a", "b"], "scores": {"gold": [1.0]}}'
+        ),
+        2,
+        ["version-000050/task.json: damaged", "1 scores of gold for 2 prompts"],
+    ),
+    "a link to nowhere": (lambda root: (root / "version-000050/more").symlink_to("/nowhere"), 1, ["MLflow at sqlite"]),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARTIFACTS)
+def test_broken_artifacts_are_one_line(
+    name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(store)
+    damage, code, says = ARTIFACTS[name]
+    [root] = store.glob("headroom/*/artifacts/evaluations")
+    shutil.copytree(root, tmp_path / "kept")
+    try:
+        damage(root)
+        refused(["watch", "mlflow:mine", "--once", "--json"], says, capsys, code)
+    finally:
+        root.unlink() if root.is_file() else shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(tmp_path / "kept", root)
+
+
+@pytest.mark.slow
+def test_a_version_whose_record_was_deleted_is_left_out_and_noted(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(store / "run", "run")
+    shutil.rmtree(Path("run/evaluations/version-000050"))
+    found = answers(["run"], capsys)
+    assert 50 not in found["evaluated_versions"] and 60 in found["evaluated_versions"]
+    assert "version 50 left out: it was evaluated, its record is missing" in found["reasons"]
+
+
+@pytest.mark.slow
+def test_an_old_store_of_files_is_read_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # to make one
+    client = mlflow.MlflowClient("mlruns")
+    run_id = client.create_run(client.create_experiment("old"), run_name="grpo").info.run_id
+    points = [Metric(key, value, 1000 + step, step) for step in range(0, 100, 10) for key, value in trl(step).items()]
+    client.log_batch(run_id, points)
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    before = {path: path.stat().st_mtime_ns for path in Path("mlruns").rglob("*")}
+    found = answers(["mlflow:grpo", "--eval", TRL_EVAL, "--tracking-uri", "mlruns"], capsys)
+    assert found["evaluated_versions"] == list(range(0, 100, 10))
+    assert {path: path.stat().st_mtime_ns for path in Path("mlruns").rglob("*")} == before
+    Path("notes").mkdir()
+    refused(["watch", "mlflow:grpo", "--once", "--tracking-uri", "notes"], ["notes", "holds no experiments"], capsys)
+    assert list(Path("notes").iterdir()) == []
+    Path("some.db").touch()
+    refused(["watch", "mlflow:grpo", "--once", "--tracking-uri", "some.db"], ["sqlite:///some.db"], capsys)

@@ -108,6 +108,25 @@ CASES = {
         jsonl(ROW, {"version": 1, "reward": 0.2, "gold": 0.3}), "gold is 0.3 at version 1", "list"
     ),
     "no run directory": Case(files={"runs/a/notes.txt": ""}, argv=["runs/a"], says=["runs/a", "no run directory"]),
+    "metrics of another program": Case(
+        files={"runs/a/metrics.jsonl": jsonl({"loss": 0.5})},
+        argv=["runs/a"],
+        says=["runs/a/metrics.jsonl:1", "damaged"],
+    ),
+    "broken metrics": Case(
+        files={"runs/a/metrics.jsonl": jsonl({"kind": "tag", "key": "a", "value": "b"}) + '{"kind": "met\n'},
+        argv=["runs/a"],
+        says=["runs/a/metrics.jsonl:2", "damaged"],
+    ),
+    "broken record": Case(
+        files={
+            "runs/a/metrics.jsonl": jsonl({"kind": "tag", "key": "a", "value": "b"}),
+            "runs/a/evaluations/version-000010/task.json": "{}",
+            "runs/a/evaluations/version-000010/task.samples.jsonl": "",
+        },
+        argv=["runs/a"],
+        says=["runs/a: evaluations/version-000010/task.json", "damaged record"],
+    ),
     "run without evaluations": Case(
         files={"runs/a/metrics.jsonl": jsonl({"kind": "tag", "key": "a", "value": "b"})},
         argv=["runs/a"],
@@ -134,8 +153,8 @@ def test_a_mistake_is_answered_in_one_line(case: Case, here: Path, capsys: pytes
     refused(["watch", *case.argv, "--once", "--json"], case.says, capsys)
 
 
-def refused(argv: Sequence[str], says: Sequence[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(argv) == 2
+def refused(argv: Sequence[str], says: Sequence[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> None:
+    assert main(argv) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("headroom: error: ") and captured.err.count("\n") == 1, captured.err

@@ -152,6 +152,9 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
     """
     if columns.version is not None:
         raise UserError(f"{source}: --version {columns.version}: in a run of Headroom it is the policy version")
+    lost = _lost(logged)
+    if not logged.records and lost:
+        raise UserError(f"{source}: the records of all evaluated versions ({_listed([*map(str, lost)])}) are missing")
     if not logged.records:
         raise UserError(f"{source}: no evaluations so far; evaluation.tasks of the recipe says what is evaluated")
     scored = list(dict.fromkeys(key for results in logged.records.values() for key in _keys(results)))
@@ -190,7 +193,10 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
         samples=_samples(logged.records, task=first.rpartition("/")[0]),
         final=final,
         seconds=math.fsum(value for _, value in logged.metrics.get("time/step", ())),
-        notes=() if primary in scored else _notes(columns, chosen),
+        notes=(
+            *(() if primary in scored else _notes(columns, chosen)),
+            *(f"version {version} left out: it was evaluated, its record is missing" for version in lost),
+        ),
     )
 
 
@@ -239,6 +245,12 @@ def _only(records: Mapping[int, Sequence[Evaluation]], used: set[str]) -> dict[i
         ]
         for version, results in records.items()
     }
+
+
+def _lost(logged: Logged) -> list[int]:
+    """Return the versions whose evaluations were logged as metrics, but left no record."""
+    logs = (points for key, points in logged.metrics.items() if key.startswith("eval/"))
+    return sorted({version for points in logs for version, _ in points} - set(logged.records))
 
 
 def _columns(points: Points) -> tuple[list[int], list[float]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.errors import UserError
 from trainers.rundir import sync_directory, write_atomic
 from trainers.types import Evaluation
 
@@ -33,24 +34,21 @@ def write_evaluations(root: Path, results: Sequence[Evaluation]) -> Path:
 
 
 def read_evaluations(root: Path) -> dict[int, list[Evaluation]]:
-    """Return what `write_evaluations` wrote, by version; an undefined score is NaN."""
+    """Return what `write_evaluations` wrote, by version; an undefined score is NaN.
+
+    Raises UserError naming a record that cannot be read, by its path from the parent of `root`.
+    """
     found: dict[int, list[Evaluation]] = {}
     for path in sorted(root.glob("version-*/*.json")):
-        body = json.loads(path.read_text())
-        samples = path.with_suffix(".samples.jsonl").read_text().splitlines()
-        scores = {
-            metric: np.array([math.nan if score is None else score for score in of_metric], np.float32)
-            for metric, of_metric in body["scores"].items()
-        }
-        found.setdefault(body["version"], []).append(
-            Evaluation(
-                version=body["version"],
-                task=body["task"],
-                prompt_uids=tuple(body["prompt_uids"]),
-                scores=scores,
-                samples=tuple(json.loads(sample) for sample in samples),
-            )
-        )
+        try:
+            evaluation = _read_evaluation(path)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever a damaged file holds
+            what = f"{type(error).__name__}: {error}"
+            if isinstance(error, OSError):
+                what = f"{Path(error.filename or path).name}: {error.strerror}"
+            where = path.relative_to(root.parent)
+            raise UserError(f"{where}: damaged record of an evaluation ({what}); restore or delete it") from error
+        found.setdefault(evaluation.version, []).append(evaluation)
     return found
 
 
@@ -60,6 +58,26 @@ def read_final(root: Path) -> dict[int, dict[str, dict[int, list[Evaluation]]]]:
         int(path.name.removeprefix("version-")): {part.name: read_evaluations(part) for part in sorted(path.iterdir())}
         for path in sorted(root.glob("version-*"))
     }
+
+
+def _read_evaluation(path: Path) -> Evaluation:
+    body = json.loads(path.read_text(encoding="utf-8"))
+    samples = path.with_suffix(".samples.jsonl").read_text(encoding="utf-8").split("\n")  # a text may hold U+2028
+    prompts = tuple(body["prompt_uids"])
+    scores = {
+        metric: np.array([math.nan if score is None else score for score in of_metric], np.float32)
+        for metric, of_metric in body["scores"].items()
+    }
+    for metric, of_metric in scores.items():
+        if of_metric.shape != (len(prompts),):
+            raise ValueError(f"{len(of_metric)} scores of {metric} for {len(prompts)} prompts")
+    return Evaluation(
+        version=int(body["version"]),
+        task=str(body["task"]),
+        prompt_uids=prompts,
+        scores=scores,
+        samples=tuple(json.loads(sample) for sample in samples if sample),
+    )
 
 
 def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:

@@ -68,11 +68,15 @@ def _run_directory(source: str, columns: Columns) -> MeasuredRun:
     for record in spool.read(rundir.metrics):
         if record["kind"] in texts:
             texts[record["kind"]][record["key"]] = record["value"]
+    try:
+        records, final = read_evaluations(rundir.evaluations), read_final(rundir.final)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     logged = Logged(
         params=texts["param"],
         tags=texts["tag"],
         metrics=spool.read_metrics(rundir.metrics),
-        records=read_evaluations(rundir.evaluations),
-        final=read_final(rundir.final),
+        records=records,
+        final=final,
     )
     return from_headroom(logged.params.get("run.name", rundir.path.name), source, logged, columns)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
+from configs.errors import UserError
 from trainers.rundir import write_atomic
 
 Record = dict[str, Any]
@@ -21,6 +22,12 @@ Record = dict[str, Any]
 BATCH = 500  # records a call
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0  # between attempts
 INCARNATION = "run/incarnation"  # a point of this metric where an incarnation took up the run
+NEEDED = {"kind"}  # of every record
+FIELDS = {  # that readers need, by kind
+    "metric": {"kind", "key", "value", "step", "timestamp"},
+    "param": {"kind", "key", "value"},
+    "tag": {"kind", "key", "value"},
+}
 
 log = logging.getLogger(__name__)
 
@@ -189,8 +196,15 @@ class Spool:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """Yield the records of a spool file."""
-    return (json.loads(line) for line in _lines_from(path, 0))
+    """Yield the records of a spool file. Raises UserError naming the first line that is none."""
+    for number, line in enumerate(_lines_from(path, 0), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not FIELDS.get(str(record.get("kind")), NEEDED) <= record.keys():
+            raise UserError(f"{path}:{number}: damaged, or not written by a run: restore or delete the line")
+        yield record
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[int, float]]]:

@@ -3,9 +3,11 @@
 import logging
 import math
 import os
+import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +17,7 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is
 import mlflow
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.db.utils import _get_latest_schema_revision as latest_schema
 
 from configs.errors import UserError
 from trainers.measured import (
@@ -34,10 +37,12 @@ from trainers.spool import INCARNATION, surviving
 from trainers.types import Evaluation, InfraError
 
 DEFAULT_URI = "sqlite:///mlflow.db"  # the recipes' own
-SQLITE = "sqlite:///"
-ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # the second: what cannot be an id at all
+SQLITE, FILE = "sqlite:///", "file://"
+MISTAKE = "INVALID_PARAMETER_VALUE"
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", MISTAKE)  # the second: what cannot be an id at all
 SHOWN_RUNS = 4
 SETTINGS = {
+    "MLFLOW_ALLOW_FILE_STORE": "true",  # older runs lie in `mlruns`; nothing is written there
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -59,20 +64,34 @@ class TrackedRun:
 
 
 class Store:
-    """One MLflow store or server, read only. Raises UserError if there is none at `uri`."""
+    """One MLflow store or server, read only.
+
+    Raises UserError if there is none at `uri`, InfraError if it does not answer or cannot be read; so does each method.
+    """
 
     def __init__(self, uri: str) -> None:
         self._shown = printable_uri(uri)
-        place = Path(uri.removeprefix(SQLITE))
-        # mlflow would make a new store here.
-        if (uri.startswith(SQLITE) or "://" not in uri) and not (place.exists() and place.stat().st_size):
-            raise UserError(f"no MLflow store at {self._shown}; give its address with --tracking-uri")
+        self._check_place(uri)
         for name, value in SETTINGS.items():
             os.environ.setdefault(name, value)
-        for noisy in ("mlflow.store.db.utils", "alembic"):
-            logging.getLogger(noisy).setLevel(logging.WARNING)
+        for noisy in ("mlflow.store.db.utils", "alembic"):  # what is wrong is said by the error, once
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
         self._uri = uri
         self._client = self._ask(lambda: mlflow.MlflowClient(uri))
+
+    def _check_place(self, uri: str) -> None:
+        none = f"no MLflow store at {self._shown}"
+        try:
+            why = _not_readable(uri)
+        except NotADirectoryError as error:
+            raise UserError(f"{none}: a database is written {SQLITE}{error.filename}") from error
+        except sqlite3.OperationalError as error:  # it is locked, for example
+            raise InfraError(f"MLflow at {self._shown}: {error}") from error
+        except (OSError, sqlite3.DatabaseError) as error:
+            why = str(error) if isinstance(error, sqlite3.Error) else error.strerror
+            raise UserError(f"{none} ({why}); give its address with --tracking-uri") from error
+        if why:
+            raise UserError(f"{none} {why}")
 
     def find(self, reference: str) -> tuple[TrackedRun, ...]:
         """Return the run with this id, else those with this name, else those of this experiment, newest first.
@@ -83,9 +102,10 @@ class Store:
             return (_tracked(run),)
         experiments = list(self._ask(self._client.search_experiments))
         quote = '"' if "'" in reference else "'"
-        named = self._search([e.experiment_id for e in experiments], f"attributes.run_name = {quote}{reference}{quote}")
-        if named:
-            return named
+        if quote not in reference:  # MLflow's language has no way to write both
+            where = f"attributes.run_name = {quote}{reference}{quote}"
+            if named := self._search([e.experiment_id for e in experiments], where):
+                return named
         matching = [e.experiment_id for e in experiments if reference in (e.name, e.experiment_id)]
         if not matching:
             names = ", ".join(e.name for e in experiments) or "none"
@@ -109,18 +129,28 @@ class Store:
         return surviving(self._points(run, key), starts)
 
     def evaluations(self, run: TrackedRun) -> dict[int, list[Evaluation]]:
-        """Return the per-prompt records that a run of Headroom left as artifacts, by version."""
+        """Return the per-prompt records that a run of Headroom left as artifacts, by version.
+
+        Raises UserError naming a record that is damaged.
+        """
         return self._read(run, "evaluations", read_evaluations)
 
     def final(self, run: TrackedRun) -> dict[int, dict[str, dict[int, list[Evaluation]]]]:
-        """Return what a run of Headroom evaluated when its training ended; see `trainers.records.read_final`."""
+        """Return what a run of Headroom evaluated when its training ended; see `trainers.records.read_final`.
+
+        Raises UserError as `evaluations` does.
+        """
         return self._read(run, "final", read_final)
 
     def _read(self, run: TrackedRun, folder: str, read: Callable[[Path], dict[int, T]]) -> dict[int, T]:
         if not self._ask(lambda: self._client.list_artifacts(run.run_id, folder)):
             return {}
         with tempfile.TemporaryDirectory() as directory:
-            return read(Path(self._ask(lambda: self._client.download_artifacts(run.run_id, folder, directory))))
+            path = Path(self._ask(lambda: self._client.download_artifacts(run.run_id, folder, directory)))
+            try:
+                return read(path)
+            except UserError as error:
+                raise UserError(f"artifacts of run {run.run_id} in MLflow at {self._shown}: {error}") from error
 
     def _by_id(self, run_id: str) -> Run | None:
         try:
@@ -143,8 +173,34 @@ class Store:
     def _ask(self, call: Callable[[], T]) -> T:
         try:
             return call()
-        except MlflowException as error:
-            raise InfraError(f"MLflow at {self._shown}: {printable_uri(short(str(error), 200))}") from error
+        except ImportError as error:
+            raise UserError(f"MLflow at {self._shown}: {error}; install what reads such a place") from error
+        except Exception as error:  # of MLflow, or as they come from whatever keeps its data: databases, clouds, disks
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            mistake = isinstance(error, MlflowException) and error.error_code == MISTAKE
+            kind = UserError if mistake else InfraError
+            raise kind(f"MLflow at {self._shown}: {printable_uri(short(said, 200))}") from error
+
+
+def _not_readable(uri: str) -> str | None:
+    """Return why MLflow would not just read a local place, but make a store there or bring its tables up to date.
+
+    Raises OSError and sqlite3.Error for what cannot be opened.
+    """
+    place = Path(uri.removeprefix(SQLITE).removeprefix(FILE).partition("?")[0])
+    nothing = "(it holds no experiments); give its address with --tracking-uri"
+    if uri.startswith(SQLITE):
+        place.open("rb").close()  # it tells what is wrong where SQLite does not
+        with closing(sqlite3.connect(f"{place.resolve().as_uri()}?mode=ro", uri=True)) as database:
+            tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master")}
+            if not {"experiments", "alembic_version"} <= tables:
+                return nothing
+            if database.execute("SELECT version_num FROM alembic_version").fetchone() == (latest_schema(),):
+                return None
+        return "that this version of MLflow can read: upgrade a copy with `mlflow db upgrade`, which changes it"
+    if uri.startswith(FILE) or "://" not in uri:
+        return None if any((directory / "meta.yaml").is_file() for directory in place.iterdir()) else nothing
+    return None
 
 
 def measured(store: Store, run: TrackedRun, columns: Columns) -> MeasuredRun:
