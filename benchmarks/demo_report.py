@@ -236,19 +236,20 @@ def draw(path: Path, found: Mapping[str, Sequence[Row]]) -> None:
         counts = [[_count(found.get(f"beta-{b:g}-bias-{bias:g}", []), has) for bias in BIASES] for b in BETAS]
         _heat(ax, title, counts)
     for offset, marker, label, has in ((-0.15, "o", "said parted", parted), (0.15, "s", "gold truly fell", fell)):
+        colour = "black" if marker == "o" else "0.55"
+        right.plot([], [], marker, color=colour, label=label)
         for place, cell in enumerate(NAMED):
             count, total = _count(found.get(cell, []), has)
             if not total:
                 continue
             low, high = proportion_confint(count, total, method="wilson")
-            colour = "black" if marker == "o" else "0.55"
             right.plot([low, high], [place + offset] * 2, color=colour, linewidth=1)
-            right.plot(count / total, place + offset, marker, color=colour, label=label if place == 0 else None)
+            right.plot(count / total, place + offset, marker, color=colour)
     labels = [f"{cell} (n = {len(done(found.get(cell, [])))})" for cell in NAMED]
     right.set(yticks=range(len(NAMED)), yticklabels=labels, xlim=(-0.03, 1.03), xlabel="share of runs, 95 % interval")
     right.invert_yaxis()
     right.grid(axis="x", alpha=0.25)
-    right.legend(fontsize=8, loc="center right")
+    right.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     figure.savefig(path, dpi=120)
 
 
