@@ -20,7 +20,7 @@ SHIPPED = 0  # seed of the shipped world
 BETAS = (0.005, 0.02, 0.08, 0.3)  # KL coefficients
 BIASES = (0.0, 0.08, 0.16)  # utility of five more words to the annotators
 DEMO = (0.02, 0.08)  # the recipe's own
-ANSWERS = 4  # to each untouched prompt, at each version: what gold truly was
+ANSWERS = 448  # of each version, for what gold truly was: as many to each prompt on which nothing was chosen
 SURE = 2.0  # standard errors of a difference that counts as a rise or fall of gold
 KEPT_CHECKPOINTS = 1_000  # all: gold of every evaluated version is measured afterwards
 REWARD_IS_GOLD = 'reward.components=[{name: gold, function: "trainers.gold:gold"}]'

@@ -1,9 +1,9 @@
-"""What one run of the demo's world came to: its curves, what it said of itself, and gold on prompts it never met.
+"""What one run of the demo's world came to: its curves, what it said of itself, and what gold truly did.
 
-The run's own evaluation has chosen a version and raised an alarm, so it cannot say how good they were. Each evaluated
-version is therefore sampled again after the run, from its checkpoint, on the held-out prompts that no evaluation of
-the recipe uses. Gold is a function of the text, so all that is left of chance is which prompts and which answers: the
-standard errors say how much, and the true curve is estimated by `trainers.mismatch.smoothing`.
+The run's own evaluations have chosen a version and raised an alarm, so they cannot say how good that was. Each
+evaluated version is therefore sampled again after the run, from its checkpoint, on the held-out prompts on which
+nothing was chosen. Gold is a function of the text, so all that is left of chance is which prompts and which answers:
+the standard errors say how much, and the true curve is estimated by `trainers.mismatch.smoothing`.
 """
 
 import json
@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.demo_plan import ANSWERS, SURE
-from configs.rows import read_rows
 from configs.schema import Recipe
 from trainers import gold, spool, world, world_build
 from trainers.checkpoint import MANIFEST, name_of
@@ -52,7 +51,7 @@ def record(directory: Path, recipe: Recipe) -> Row:
     settings = alarm_settings(recipe.alarm)
     findings = to_json(judge_run(read(str(directory)), settings))
     said = told(spool.read(rundir.metrics), f"eval/{recipe.evaluation.primary}")
-    answers = sample_versions(recipe, weights_of(recipe, rundir))
+    answers = sample_versions(recipe, weights_of(recipe, rundir), untouched(rundir))
     truth = from_scores("gold", sorted(answers), golds_of(answers))
     return {
         "world": json.loads((Path(recipe.model.path).parent / world_build.MANIFEST).read_text())
@@ -123,7 +122,6 @@ def outcome(truth: Curve, rules: Mapping[str, int | None]) -> Row:
     rose = rise["value"] > SURE * rise["se"]
     return {
         "prompts": truth.prompts,
-        "answers": ANSWERS,
         "versions": truth.versions.tolist(),
         "mean": truth.mean.tolist(),
         "se": truth.se.tolist(),
@@ -147,12 +145,17 @@ def _difference(curve: Curve, before: int, after: int) -> dict[str, float]:
     return {"value": float(weights @ curve.mean), "se": math.sqrt(variance)}
 
 
-def untouched(recipe: Recipe) -> list[world.PromptRow]:
-    """Return the held-out prompts that no evaluation of the recipe uses. Raises ValueError if there is none."""
-    used = {raw["prompt"] for task in recipe.evaluation.tasks for _, raw in read_rows(task.data.path)}
+def untouched(rundir: RunDir) -> list[world.PromptRow]:
+    """Return the held-out prompts on which nothing was chosen: neither by the curve nor by what was evaluated again.
+
+    Raises ValueError if there is none.
+    """
+    chosen_on = [rundir.evaluations, *(rundir.path / "final").glob("*/again")]
+    found = [result for root in chosen_on for results in read_evaluations(root).values() for result in results]
+    used = {sample["prompt"] for result in found for sample in result.samples}
     rows = [row for row in world.prompts("heldout", world.size("heldout"), 0) if row["prompt"] not in used]
     if not rows:
-        raise ValueError("the recipe evaluates on all held-out prompts: none is left to measure on")
+        raise ValueError("all held-out prompts were used to choose: none is left to measure on")
     return rows
 
 
@@ -166,17 +169,19 @@ def weights_of(recipe: Recipe, rundir: RunDir) -> dict[int, Path]:
     }
 
 
-def sample_versions(recipe: Recipe, weights: Mapping[int, Path]) -> dict[int, list[tuple[world.PromptRow, list[str]]]]:
-    """Return each version's answers to each untouched prompt, sampled as the primary evaluation samples."""
-    rows = untouched(recipe)
+def sample_versions(
+    recipe: Recipe, weights: Mapping[int, Path], rows: Sequence[world.PromptRow]
+) -> dict[int, list[tuple[world.PromptRow, list[str]]]]:
+    """Return each version's answers to each prompt, ANSWERS in all, sampled as the primary evaluation samples."""
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
     tokens = recipe.evaluation.tasks[0].sampling.max_tokens
     questions = [row["prompt"] for row in rows]
+    each = 2 * max(1, round(ANSWERS / len(rows) / 2))  # even: they make pairs
     found = {}
     for version, path in weights.items():
         with TemporaryDirectory() as directory:
             policy = str(path if version == 0 else as_hf(path, recipe.model.path, Path(directory)))
-            texts = world_build.sample(policy, tokenizer, questions, ANSWERS, version, BATCH, tokens)
+            texts = world_build.sample(policy, tokenizer, questions, each, version, BATCH, tokens)
         found[version] = list(zip(rows, texts, strict=True))
     return found
 
@@ -244,7 +249,7 @@ def branch(parent: Path, copy: Path, version: int, factor: float) -> None:
     The coefficient is part of the checkpoint, so that a resume of the copy goes on with the new one. Everything else
     is as a kill right after that checkpoint would have left it; the copy is another run in MLflow.
     """
-    mine = ("checkpoints", "artifacts.jsonl", "*.sent", "mlflow_run_id", "uid", "lock", "report", "*.png")
+    mine = ("checkpoints", "artifacts.jsonl", "*.sent", "mlflow_run_id", "uid", "lock", "report", "final", "*.png")
     shutil.copytree(parent, copy, ignore=shutil.ignore_patterns(*mine))
     source = parent / "checkpoints" / name_of(version)
     meta = json.loads((source / MANIFEST).read_text())["meta"]

@@ -174,13 +174,22 @@ def phases(found: Mapping[str, Sequence[Row]], planned: Sequence[Cell]) -> list[
 
 
 def rules(found: Mapping[str, Sequence[Row]]) -> list[str]:
-    """Return what share of the gain each rule's version keeps, median over the runs in which gold rose."""
+    """Return what share of the gain each rule's version keeps, median over the runs in which gold rose.
+
+    And how far what the run said of its version's value is from what it truly was, mean over the runs.
+    """
     rows = []
     for cell in NAMED:
-        kept = [row["truth"]["kept"] for row in done(found.get(cell, [])) if row["truth"]["kept"]]
+        good = done(found.get(cell, []))
+        kept = [row["truth"]["kept"] for row in good if row["truth"]["kept"]]
         shares = [median([one[rule] for one in kept if rule in one]) for rule in RULES]
-        rows.append((cell, len(kept), *shares))
-    return table(("cell", "runs", *RULES), rows)
+        off = [
+            row["findings"]["chosen_value"]["value"] - _at(row, row["findings"]["chosen_version"])
+            for row in good
+            if row["findings"]["chosen_value"]
+        ]
+        rows.append((cell, len(kept), *shares, _paired(off)))
+    return table(("cell", "runs", *RULES, "value said less true value"), rows)
 
 
 def actions(found: Mapping[str, Sequence[Row]]) -> list[str]:
@@ -289,7 +298,7 @@ def page(rows: Sequence[Row], attempts: int, figure: str) -> str:
         f"{', '.join(f'{name} ({count} runs)' for name, count in sources.items()) or 'none'}. "
         f"Median {np.median(seconds) if seconds else float('nan'):.0f} s a run.",
         f"*Gold* below is not the run's own evaluation: every evaluated version was sampled again from its checkpoint, "
-        f"{ANSWERS} answers to each held-out prompt that no evaluation uses, and the peak is that of the smoothed "
+        f"{ANSWERS} answers to the held-out prompts on which nothing was chosen, and the peak is that of the smoothed "
         f"curve. Gold *rose* or *fell* if the difference to the peak is above {SURE:g} standard errors. The gain is "
         "measured at the largest smoothed value, which chance biases upward, so that shares of it are biased "
         "downward. Intervals: 95 %; of shares Wilson's, of medians from order statistics, below six runs the range.",

@@ -10,16 +10,18 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import demo_report
-from benchmarks.demo_plan import RECIPE, SEEDS, jobs, placed
+from benchmarks.demo_plan import SEEDS, jobs
 from benchmarks.demo_queue import Results
 from benchmarks.demo_record import WEIGHTS, agreement, alarm_of, as_hf, branch, golds_of, outcome, told, untouched
 from benchmarks.demo_seeds import after, checkpoints, fresh
-from configs.load import load
 from tests.tiny import tiny_model
 from trainers import world
 from trainers.checkpoint import find_latest, save
 from trainers.mismatch import from_means, from_scores
 from trainers.models import load_policy
+from trainers.records import write_evaluations
+from trainers.rundir import RunDir
+from trainers.types import Evaluation
 
 PRIMARY = "eval/helpdesk/gold"
 
@@ -75,17 +77,34 @@ def test_agreement_of_a_reward_model_by_hand() -> None:
     assert agreement(np.empty((0, 2)), np.empty((0, 2)), np.empty(0, bool))["with_gold"] is None
 
 
-def test_gold_is_measured_on_prompts_that_no_evaluation_has(tmp_path: Path) -> None:
-    recipe = load(RECIPE, placed(tmp_path))
-    evaluated = world.prompts("heldout", 128, 5)
-    world.write_jsonl(Path(recipe.evaluation.tasks[0].data.path), evaluated)
-    rows = untouched(recipe)
-    assert len(rows) == world.size("heldout") - 128 and not [row for row in rows if row in evaluated]
-    answers = {4: [(rows[0], [" ".join(world.STEPS[rows[0]["topic"]]), ""]), (rows[1], ["Nonsense.", ""])]}
-    assert golds_of(answers) == pytest.approx(np.array([[0.5, -0.05]]))
-    world.write_jsonl(Path(recipe.evaluation.tasks[0].data.path), world.prompts("heldout", world.size("heldout"), 0))
+def evaluated(root: Path, version: int, rows: list[world.PromptRow]) -> None:
+    """Leave the evaluation of one version on these prompts."""
+    samples = tuple({"prompt": row["prompt"], "completion": ""} for row in rows)
+    uids = tuple(row["prompt"] for row in rows)
+    scores = {"gold": np.zeros(len(rows), np.float32)}
+    write_evaluations(
+        root, [Evaluation(version=version, task="helpdesk", prompt_uids=uids, scores=scores, samples=samples)]
+    )
+
+
+def test_gold_is_measured_on_prompts_on_which_nothing_was_chosen(tmp_path: Path) -> None:
+    rundir = RunDir(tmp_path).create()
+    rows = world.prompts("heldout", world.size("heldout"), 5)
+    evaluated(rundir.evaluations, 0, rows[:128])
+    evaluated(rundir.evaluations, 4, rows[:128])
+    assert sorted(row["prompt"] for row in untouched(rundir)) == sorted(row["prompt"] for row in rows[128:])
+    evaluated(tmp_path / "final" / "version-000004" / "again", 4, rows[128:184])
+    evaluated(tmp_path / "final" / "version-000004" / "untouched", 4, rows[184:])
+    assert sorted(row["prompt"] for row in untouched(rundir)) == sorted(row["prompt"] for row in rows[184:])
+    evaluated(rundir.evaluations, 8, rows)
     with pytest.raises(ValueError, match="none is left"):
-        untouched(recipe)
+        untouched(rundir)
+
+
+def test_gold_of_a_version_is_the_mean_over_its_answers() -> None:
+    first, second = world.prompts("heldout", 2, 0)
+    answers = {4: [(first, [" ".join(world.STEPS[first["topic"]]), ""]), (second, ["Nonsense.", ""])]}
+    assert golds_of(answers) == pytest.approx(np.array([[0.5, -0.05]]))
 
 
 @pytest.fixture
@@ -147,7 +166,7 @@ def recorded(cell: str, seed: int, state: str | None = "parted", fell: bool = Tr
         "job": f"{cell}/{seed}", "cell": cell, "seed": seed, "parent": None, "status": "done", "kind": "world is there",
         "commit": "0123456789", "changed": False, "attempt": 1, "total_s": 120.0, "branch_version": 32,
         "told": [said] if state else [], "alarm": said if state else None,
-        "findings": {"chosen_version": 16},
+        "findings": {"chosen_version": 16, "chosen_value": {"value": 0.41 + seed % 2 / 50, "low": 0.3, "high": 0.5}},
         "truth": {
             "versions": [0, 16, 48], "mean": mean, "se": [0.02] * 3, "smoothed": mean, "peak_version": 16,
             "rose": True, "fell": fell, "gain": 0.2, "kept": {"chosen": 0.9 + seed % 10 / 100, "last": -1.0},
@@ -185,6 +204,8 @@ def test_the_page_counts_failures_and_shows_cells_without_a_fall(tmp_path: Path)
     for table in page.split("\n\n"):
         columns = {line.replace("a | b", "").count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(columns) <= 1, table
+    demo = next(line for line in lines if line.startswith("| demo | 19 |"))
+    assert demo.endswith("| +0.021 [+0.016, +0.025] |")  # 10 odd seeds say 0.03 too much, 9 even ones 0.01
     assert "Trial seeds" not in page and "Trial seeds" in demo_report.page([recorded("demo", 1)], 1, "x.png")
 
 
