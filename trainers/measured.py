@@ -206,9 +206,10 @@ def primary_curve(records: Mapping[int, Sequence[Evaluation]], name: str) -> Cur
 
 
 def _final(logged: Logged, curve: Curve) -> Final | None:
-    """Return what was evaluated after this very curve; a run that went on since then has a longer one."""
+    """Return what was evaluated after this very curve; a run that went on since then, or lost a record, has another."""
     found = logged.final.get(int(curve.versions[-1]), {}) if len(curve.versions) else {}
-    if not (found.get("again") and found.get("untouched")):
+    whole = found.get("again") and found.get("untouched")
+    if not whole or not set(found["again"]) <= set(curve.versions.tolist()):
         return None
     return Final(**{part: primary_curve(found[part], curve.name) for part in ("again", "untouched")})
 
