@@ -10,6 +10,7 @@ from typing import Any
 from configs.errors import UserError
 from trainers.measured import Columns, MeasuredRun
 from trainers.mismatch import Correlation, Curve, Settings
+from trainers.mismatch.early import Early
 from trainers.mismatch.findings import Findings, to_json
 from trainers.mismatch.headroom import Headroom
 from trainers.mismatch.selection import Selected
@@ -114,7 +115,7 @@ def page(run: MeasuredRun, findings: Findings) -> str:
     rows += [(f"also {a.evaluation}", "fallen" if a.fallen else "not shown to have fallen") for a in verdict.others]
     rows += [(curve.name, _latest(curve)) for curve in (findings.series.reward, *findings.series.evaluations)]
     rows += [("correlation", text) for text in _correlations(findings.correlations)]
-    rows += [(f"early: {early.kind}", f"{early.curve.name} {_latest(early.curve)}") for early in run.early_warnings]
+    rows += [(f"early: {one.kind}", _early(one)) for one in findings.early]
     rows += [("note", reason) for reason in findings.reasons]
     width = max(len(label) for label, _ in rows)
     return "\n".join([*lines, *(f"  {label.ljust(width)}  {text}" for label, text in rows), ""])
@@ -134,6 +135,14 @@ def _headroom(headroom: Headroom) -> str:
     bound = {"at least": headroom.low, "at most": headroom.high}.get(headroom.answer)
     number = "" if bound is None else f" {bound:+.3g}"
     return f"{headroom.answer}{number}: {headroom.estimand}"
+
+
+def _early(one: Early) -> str:
+    """Say whether a quantity is warned of, how often that is wrong, and its values."""
+    if one.warned is None:
+        return f"{one.not_enough or 'no warning'}; {one.curve.name} {_latest(one.curve)}"
+    rate = f"false in at most {100 * one.false_warning_rate:.2g} % of runs"
+    return f"warning at version {one.warned}, {rate}; {one.curve.name} {_latest(one.curve)}"
 
 
 def _latest(curve: Curve) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from configs.errors import UserError
 from configs.schema import AlarmConfig
 from trainers.measured import MeasuredRun
-from trainers.mismatch import Settings
+from trainers.mismatch import Curve, Settings
 from trainers.mismatch.alarm import FEWEST
 from trainers.mismatch.findings import Findings, find
 from trainers.sources import read
@@ -39,8 +39,17 @@ def judge_run(
     ended = run.final_version is None or (len(versions) > 0 and int(versions[-1]) >= run.final_version)
     if kl_budget is None and version_budget is None and not ended:
         version_budget = run.final_version
+    early: list[tuple[str, Curve]] = [(one.kind, one.curve) for one in run.early_warnings]
+    if run.series.kl is not None:
+        early.append(("KL", run.series.kl))
     return find(
-        run.series, settings, kl_budget=kl_budget, version_budget=version_budget, final=run.final, notes=run.notes
+        run.series,
+        settings,
+        kl_budget=kl_budget,
+        version_budget=version_budget,
+        final=run.final,
+        notes=run.notes,
+        early=early,
     )
 
 

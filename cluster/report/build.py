@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.report.view import Choice, Estimate, Sample, View, Warned, percent
-from trainers.measured import EarlyWarning, MeasuredRun
+from trainers.measured import MeasuredRun
 from trainers.mismatch import Settings, correlate, selection
 from trainers.mismatch.correlation import WINDOW
+from trainers.mismatch.early import Early
 from trainers.mismatch.headroom import Headroom
 from trainers.watcher import judge_run
 
@@ -41,7 +42,7 @@ def build(run: MeasuredRun, settings: Settings | None = None, budget: Budget | N
         headroom=_left(room),
         no_headroom=room.reason or "",
         windows=correlate(run.series, window=WINDOW, draws=200) if len(run.series.primary.versions) > WINDOW else (),
-        warnings=tuple(map(_warned, run.early_warnings)),
+        warnings=tuple(map(_warned, found.early)),
         samples=_side_by_side(run.samples, chosen.version),
         params=run.params,
         evaluation_hash=run.evaluation_hash,
@@ -84,14 +85,16 @@ def _left(room: Headroom) -> Estimate:
     return Estimate(value=None, low=room.low, high=room.high, of=of)
 
 
-def _warned(early: EarlyWarning) -> Warned:
+def _warned(early: Early) -> Warned:
     curve = early.curve
     if not len(curve.versions):
         says = "not measured yet"
     else:
         first, last = (f"{curve.mean[place]:.4g} at version {curve.versions[place]}" for place in (0, -1))
-        says = f"{early.kind}: {first}, {last}"
-    return Warned(curve=curve, says=says, error_rate="not measured")
+        warning = "no warning" if early.warned is None else f"warning at version {early.warned}"
+        says = f"{early.not_enough or warning}; {early.kind}: {first}, {last}"
+    rate = "nothing is said" if early.not_enough else f"at most {percent(early.false_warning_rate)} of runs"
+    return Warned(curve=curve, says=says, error_rate=rate)
 
 
 def _side_by_side(samples: Mapping[int, Sequence[Mapping[str, Any]]], chosen: int | None) -> tuple[Sample, ...]:

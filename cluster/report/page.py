@@ -145,7 +145,11 @@ def _warnings(view: View, pictures: Sequence[Picture]) -> Iterator[Element]:
     yield element("h2", "Early warnings")
     yield figures(pictures)
     rows = [(one.curve.name, one.says, one.error_rate) for one in view.warnings]
-    yield table("They need no evaluation and are no alarm.", ("quantity", "says", "how often it is wrong"), rows)
+    caption = (
+        "They need no evaluation and are no alarm: a warning says that a quantity left the way it went, not that "
+        "anything was lost. Wrong: a warning of a quantity that goes on as before."
+    )
+    yield table(caption, ("quantity", "says", "how often it is wrong"), rows)
 
 
 def _samples(view: View) -> Iterator[Element]:

@@ -9,6 +9,7 @@ print(verdict.state, verdict.since_version, verdict.primary.minimum_detectable_d
 from trainers.mismatch.alarm import Alarm, Fall, Settings, State, Verdict, judge
 from trainers.mismatch.budget import Budget, Option, Wanted, evaluation_budget
 from trainers.mismatch.correlation import Correlation, between, correlate
+from trainers.mismatch.early import Early, warn
 from trainers.mismatch.findings import Findings, find, to_json
 from trainers.mismatch.gap import length_share, length_share_of_prompts, proxy_gold_gap
 from trainers.mismatch.headroom import Forecast, Headroom, crps, crps_normal, forecast, headroom_within
@@ -34,6 +35,7 @@ __all__ = [
     "Choice",
     "Correlation",
     "Curve",
+    "Early",
     "Estimate",
     "Fall",
     "Final",
@@ -72,4 +74,5 @@ __all__ = [
     "rivals",
     "shortlist",
     "to_json",
+    "warn",
 ]

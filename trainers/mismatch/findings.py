@@ -1,15 +1,17 @@
 """All that is said about one run, in one place: as values for Python, and as the JSON object of docs/watch.md."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from configs.errors import UserError
 from trainers.mismatch.alarm import Alarm, Settings, Verdict, judge
 from trainers.mismatch.correlation import Correlation, correlate
+from trainers.mismatch.early import Early, warn
 from trainers.mismatch.headroom import Headroom, headroom_within
 from trainers.mismatch.selection import Estimate, Final, Rival, Selected, choose, report, rivals
-from trainers.mismatch.series import Series
+from trainers.mismatch.series import Curve, Series
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,7 @@ class Findings:
     headroom: Headroom
     correlations: tuple[Correlation, ...]  # over the whole run: reward and KL with each evaluation
     reasons: tuple[str, ...]  # why something is not said, and what was left out or assumed
+    early: tuple[Early, ...] = ()  # warnings that need no evaluation, apart from the state
 
 
 def find(
@@ -33,14 +36,16 @@ def find(
     version_budget: int | None = None,
     final: Final | None = None,
     notes: tuple[str, ...] = (),
+    early: Sequence[tuple[str, Curve]] = (),
 ) -> Findings:
     """Ask every part of the instrument about one run.
 
     The headroom is that within `kl_budget` (nats) or up to `version_budget`; of neither, up to half as many versions
     again as lie behind. `final`: what was evaluated after the primary evaluation's curve, to choose a version and to
-    value it; without it both come from the curve. `notes` are the reader's and come last among the reasons. Raises
-    UserError as the parts do.
+    value it; without it both come from the curve. `notes` are the reader's and come last among the reasons. `early` are
+    the kinds and curves of what may move before an evaluation does. Raises UserError as the parts do.
     """
+    settings = settings or Settings()
     if kl_budget is not None and version_budget is not None:
         raise UserError("give one budget: a KL or a version")
     if kl_budget is None and version_budget is None:
@@ -65,6 +70,14 @@ def find(
         headroom=headroom,
         correlations=correlations,
         reasons=tuple(dict.fromkeys(reasons)),
+        early=warn(
+            early,
+            series.primary.versions,
+            alpha=settings.alpha,
+            planned=settings.planned,
+            runs=settings.runs,
+            seed=settings.seed,
+        ),
     )
 
 
@@ -94,6 +107,7 @@ def to_json(findings: Findings) -> dict[str, Any]:
         "minimum_detectable_drop": verdict.primary.minimum_detectable_drop,
         "alarms": [_alarm(alarm) for alarm in (verdict.primary, *verdict.others)],
         "correlations": [asdict(one) for one in findings.correlations],
+        "early_warnings": [_early(one) for one in findings.early],
         "reasons": list(findings.reasons),
     }
 
@@ -109,6 +123,16 @@ def _reasons(about: str, *why: str | None) -> list[str]:
 
 def _estimate(estimate: Estimate | None, selected: Selected) -> dict[str, Any] | None:
     return None if estimate is None else {**asdict(estimate), "level": selected.level, "sample": selected.source}
+
+
+def _early(one: Early) -> dict[str, Any]:
+    return {
+        "kind": one.kind,
+        "quantity": one.curve.name,
+        "warned_version": one.warned,
+        "false_warning_rate": one.false_warning_rate,
+        "not_enough": one.not_enough,
+    }
 
 
 def _alarm(alarm: Alarm) -> dict[str, Any]:
