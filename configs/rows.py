@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TextIO, TypedDict
@@ -110,7 +112,7 @@ def _numbered(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield line, row
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text somewhere after line {line}; convert the file") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read after line {line} ({error}); fetch the file again") from None
 
 
@@ -120,8 +122,9 @@ def _jsonl(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{line}: malformed row: {error.msg}; correct or delete the line") from None
+        except (ValueError, RecursionError) as error:
+            what = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise UserError(f"{path}:{line}: malformed row: {what}; correct or delete the line") from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{line}: malformed row: a JSON object is needed, not {_kind(row)}")
         yield line, row
@@ -130,6 +133,9 @@ def _jsonl(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
 def _csv(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
     reader = csv.DictReader(file, strict=True)
     try:
+        twice = [name for name, count in Counter(reader.fieldnames or ()).items() if name and count > 1]
+        if twice:
+            raise UserError(f"{path}:{reader.line_num}: the header names column {twice[0]} twice; rename one")
         for row in reader:
             if None in row or None in row.values():
                 wanted = len(reader.fieldnames or ())

@@ -1,5 +1,7 @@
 """Where runs lie: a table in a file, a run directory, or MLflow."""
 
+import os
+import re
 from pathlib import Path
 
 from configs.errors import UserError
@@ -37,9 +39,9 @@ def read_all(source: str, columns: Columns | None = None, tracking_uri: str | No
 
 def _read(source: str, columns: Columns, uri: str | None, *, newest: bool) -> tuple[MeasuredRun, ...]:
     if not source.startswith(MLFLOW):
-        if Path(source).is_dir():
+        if os.path.isdir(source):  # unlike Path's, these take no offence at a name that no file can have
             return (_run_directory(source, columns),)
-        if Path(source).is_file():
+        if os.path.isfile(source):
             return (_file(source, columns),)
         if uri is None:
             raise UserError(f"{source}: no such file or run directory; a run in MLflow is written mlflow:RUN")
@@ -54,6 +56,8 @@ def _read(source: str, columns: Columns, uri: str | None, *, newest: bool) -> tu
 def _file(source: str, columns: Columns) -> MeasuredRun:
     rows = [row for _, row in read_rows(source)]
     names = list(dict.fromkeys(key for row in rows for key in row))
+    if len(names) == 1 and re.search(r"[;|\t]", names[0]):
+        raise UserError(f"{source}: one column, {names[0]!r}: separate the columns by commas")
     table = {name: [row.get(name) for row in rows] for name in names}
     with_scores = [name for name, cells in table.items() if any(map(is_scores, cells))]
     chosen = choose(columns, names, recognise(names, with_scores), source)
@@ -62,7 +66,7 @@ def _file(source: str, columns: Columns) -> MeasuredRun:
 
 def _run_directory(source: str, columns: Columns) -> MeasuredRun:
     rundir = RunDir(Path(source))
-    if not rundir.metrics.is_file():
+    if not os.path.isfile(rundir.metrics):
         raise UserError(f"{source}: no run directory: it has no {rundir.metrics.name}")
     texts: dict[str, dict[str, str]] = {"param": {}, "tag": {}}
     for record in spool.read(rundir.metrics):

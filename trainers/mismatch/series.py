@@ -15,6 +15,9 @@ from configs.errors import UserError
 Array = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+LARGEST, SMALLEST = 1e100, 1e-100  # sizes whose squares a float holds with room to spare
+MOST_MEASURED = 5_000  # versions with standard errors: their covariance is a matrix
+MOST_EVALUATED = 1_000  # the same for an evaluation: the time that the alarm takes grows with the square
 ENOUGH_DEFINED = 0.5  # a version at which fewer of the prompts have a score counts as not measured
 
 
@@ -22,7 +25,8 @@ ENOUGH_DEFINED = 0.5  # a version at which fewer of the prompts have a score cou
 class Curve:
     """One quantity at the n versions where it was measured, in its own unit; more is better.
 
-    Raises UserError for versions that repeat or are out of order, and for numbers that are not finite.
+    Raises UserError for versions that repeat or are out of order, for numbers that are not finite, and for a curve
+    whose largest number or standard error is beyond 1e-100 to 1e100.
     """
 
     name: str
@@ -35,6 +39,7 @@ class Curve:
     def __post_init__(self) -> None:
         _check_versions(self.name, self.versions)
         _check_finite(self.name, self.versions, self.mean)
+        _check_size(self.name, self.versions, self.mean)
         if self.covariance is None:
             return
         if self.covariance.shape != (len(self.versions),) * 2:
@@ -66,7 +71,8 @@ class Curve:
 class Series:
     """One run: the proxy reward, optionally the KL to the reference, and at least one evaluation.
 
-    The first evaluation is the primary one. Raises UserError if there is none, or if two share a name.
+    The first evaluation is the primary one. Raises UserError if there is none, if two share a name, or if one has
+    standard errors at more than 1,000 versions.
     """
 
     reward: Curve
@@ -81,6 +87,9 @@ class Series:
             )
         if len(set(names)) < len(names):
             raise UserError(f"two evaluations have the same name: {', '.join(names)}")
+        for curve in self.evaluations:
+            if curve.covariance is not None:
+                _check_count(curve.name, len(curve.versions), MOST_EVALUATED)
 
     @property
     def primary(self) -> Curve:
@@ -91,16 +100,19 @@ class Series:
 def from_means(name: str, versions: Sequence[int], mean: Sequence[float], se: Sequence[float] | None) -> Curve:
     """Build a curve of independent means (n,) with standard errors (n,), both in the quantity's unit.
 
-    `se` None: not known. Raises UserError as Curve does, and for a standard error that is not positive.
+    `se` None: not known. Raises UserError as Curve does, for a standard error that is not positive, and for standard
+    errors at more than 5,000 versions.
     """
     numbers = np.asarray(versions, np.int64)
     if se is None:
         return Curve(name=name, versions=numbers, mean=np.asarray(mean, np.float64), covariance=None)
     errors = np.asarray(se, np.float64)
+    _check_count(name, len(numbers), MOST_MEASURED)
     _check_finite(f"the standard error of {name}", numbers, errors)
     if np.any(errors <= 0):
         version = numbers[np.argmax(errors <= 0)]
         raise UserError(f"the standard error of {name} is not positive at version {version}")
+    _check_size(f"the standard error of {name}", numbers, errors)
     return Curve(name=name, versions=numbers, mean=np.asarray(mean, np.float64), covariance=np.diag(errors**2))
 
 
@@ -113,12 +125,15 @@ def from_scores(
     by prompt: the sandwich of Liang & Zeger 1986 for means, times G / (G - 1) for G clusters, so that for one score a
     prompt it is the sample covariance over N. An undefined score is NaN: a version at which fewer than half of the
     prompts are defined counts as not measured, and the other versions are compared on the prompts defined at all of
-    them; both are noted. Raises UserError as Curve does, and when fewer than two clusters are left.
+    them; both are noted. Raises UserError as Curve does, when fewer than two clusters are left, and for more than 5,000
+    versions.
     """
     numbers = np.asarray(versions, np.int64)
+    _check_count(name, len(numbers), MOST_MEASURED)
     _check_versions(name, numbers)
     if np.any(np.isinf(scores)):
         raise UserError(f"{name} has an infinite score at version {numbers[np.argmax(np.isinf(scores).any(1))]}")
+    _check_size(f"a score of {name}", numbers, np.abs(np.nan_to_num(scores)).max(1, initial=0))
     kept, columns, notes = _complete(numbers, scores)
     labels = np.arange(scores.shape[1]) if clusters is None else np.asarray(clusters)
     groups, places = np.unique(labels[columns], return_inverse=True)
@@ -167,3 +182,19 @@ def _check_finite(name: str, versions: Integers, values: Array) -> None:
         raise UserError(
             f"{name} is {values[place]} at version {versions[place]}: leave out what was not measured, mend the rest"
         )
+
+
+def _check_size(name: str, versions: Integers, values: Array) -> None:
+    largest = float(np.abs(values).max(initial=0))
+    if largest > LARGEST or 0 < largest < SMALLEST:
+        place = int(np.argmax(np.abs(values)))
+        raise UserError(
+            f"{name} is {values[place]:g} at version {versions[place]}: nothing can be computed beyond {SMALLEST:g} to "
+            f"{LARGEST:g}; give it in another unit"
+        )
+
+
+def _check_count(name: str, count: int, most: int) -> None:
+    if count > most:
+        few = -(-count // most)
+        raise UserError(f"{name} has standard errors at {count} versions, {most} at most: keep one row in {few}")

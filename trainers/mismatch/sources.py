@@ -11,6 +11,8 @@ from trainers.mismatch.series import Curve, Series, from_means, from_scores
 from trainers.types import Evaluation
 
 Table = Mapping[str, Sequence[Any]]
+SHOWN = 40  # characters of a cell
+MOST = 2**53  # a float holds every whole number up to it
 
 
 def from_table(
@@ -85,7 +87,9 @@ def _scored(name: str, column: Sequence[Any], versions: Sequence[int]) -> Curve:
     first, length = measured[0][0], len(measured[0][1]) if is_scores(measured[0][1]) else 0
     for at, cell in measured:
         if not is_scores(cell) or not len(cell):
-            raise UserError(f"{name} is {cell!r} at version {at}: it must be a list of scores, as at other versions")
+            raise UserError(
+                f"{name} is {repr(cell)[:SHOWN]} at version {at}: it must be a list of scores, as at other versions"
+            )
         if len(cell) != length:
             raise UserError(
                 f"{name} has {length} scores at version {first} and {len(cell)} at version {at}: "
@@ -126,10 +130,12 @@ def _missing(cell: Any) -> bool:
 def _version(cell: Any, row: int) -> int:
     try:
         number = math.nan if _missing(cell) else float(cell)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not number.is_integer():
-        raise UserError(f"row {row + 1}: {cell!r} is no policy version: it must be a whole number")
+    if not number.is_integer() or abs(number) > MOST:
+        raise UserError(
+            f"row {row + 1}: {repr(cell)[:SHOWN]} is no policy version: it must be a whole number, at most 2^53"
+        )
     return int(number)
 
 
@@ -138,8 +144,9 @@ def _number(cell: Any, name: str, version: int) -> float | None:
         return None
     try:
         number = float(cell)
-    except (TypeError, ValueError):
-        raise UserError(f"{name} is {cell!r} at version {version}: it must be a number, or empty") from None
+    except (TypeError, ValueError, OverflowError):
+        said = repr(cell)[:SHOWN]
+        raise UserError(f"{name} is {said} at version {version}: it must be a number, or empty") from None
     if not math.isfinite(number):
         raise UserError(f"{name} is {number} at version {version}: leave the cell empty if it was not measured")
     return number
