@@ -32,16 +32,18 @@ from trainers.world_build import MANIFEST
 
 GRACE_S = 60.0  # for a run that was asked to end
 STORE = "mlflow.db"
+TRAIN = (sys.executable, "-m", "cluster", "train", str(RECIPE))
 Row = dict[str, Any]
 
 
 class Runner:
     """Runs one job in a process of its own, and records it."""
 
-    def __init__(self, out: Path, results: Results, timeout_s: float) -> None:
+    def __init__(self, out: Path, results: Results, timeout_s: float, command: Sequence[str] = TRAIN) -> None:
         self._out = out
         self._results = results
         self._timeout_s = timeout_s
+        self._command = command  # the overrides come after it
         self._commit = commit()
         self._stopping = threading.Event()
         self._processes: set[subprocess.Popen[bytes]] = set()
@@ -53,7 +55,8 @@ class Runner:
             return "arm"
         if (self._out / "worlds" / job.world / MANIFEST).exists():
             return "world is there"
-        return f"builds world{job.world.removeprefix(str(job.seed))}"
+        options = job.world.partition("-")[2]
+        return f"builds world {options}".strip()
 
     def run(self, job: Job) -> Row:
         """Return what is kept of the run. Raises RuntimeError if it failed, SkippedError if there is nothing to run."""
@@ -95,10 +98,14 @@ class Runner:
     def _train(self, chosen: Sequence[str], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "cluster", "train", str(RECIPE), *chosen]
         with log.open("wb") as file:
             process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+                [*self._command, *chosen],
+                cwd=ROOT,
+                env=environment,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this program only, which ends the runs
             )
             self._processes.add(process)
             if self._stopping.is_set():

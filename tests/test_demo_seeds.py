@@ -1,6 +1,7 @@
 """The runs of the demo's world over seeds: what is planned, what is run when, and what is written of it."""
 
 import json
+import sys
 import threading
 from datetime import datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from benchmarks import demo_plan
 from benchmarks.demo_plan import ARMS, BETAS, BIASES, SEEDS, TRIAL_SEEDS, Job, cells, jobs, leaves, placed, recipe_of
 from benchmarks.demo_queue import GUESS_S, Queue, Results, SkippedError, deadline, hold, select, work
+from benchmarks.demo_seeds import Runner
 from configs.errors import UserError
 from configs.load import load
 from trainers.world_build import world_hash
@@ -218,3 +220,61 @@ def test_cells_and_seeds_are_chosen_by_name() -> None:
     for cells_, seeds in ((["golden"], None), (None, [7])):
         with pytest.raises(UserError, match="not in the plan"):
             select(jobs(), cells_, seeds)
+
+
+WAITS = "import pathlib, signal, sys; pathlib.Path(sys.argv[1]).touch(); signal.pause()"
+
+
+def ran(out: Path, command: list[str], timeout_s: float = 60) -> tuple[Queue, Runner]:
+    """Return what runs the first job by another command."""
+    here = queue(out / "results.jsonl", Clock(), list(jobs()[:1]))
+    return here, Runner(out, here.results, timeout_s, [sys.executable, "-c", *command])
+
+
+@pytest.mark.parametrize(
+    ("command", "timeout_s", "says"),
+    [
+        (["import sys; print('no memory'); sys.exit(3)"], 60, "the run ended with 3"),
+        ([WAITS, "/dev/null"], 0.5, "the run was ended after 0 s"),
+        (["pass"], 60, "the run ended at version 0 of 48"),
+    ],
+)
+def test_a_run_that_fails_or_hangs_or_does_not_get_there_is_a_line(
+    tmp_path: Path, command: list[str], timeout_s: float, says: str
+) -> None:
+    here, runner = ran(tmp_path, command, timeout_s)
+    work(here, runner.run, quiet)
+    [row] = Results(tmp_path / "results.jsonl").rows
+    assert row["status"] == "failed" and says in row["error"]
+    log = (tmp_path / "logs" / "demo-1001.1.log").read_text()
+    assert log == ("no memory\n" if "no memory" in command[0] else "")
+
+
+def test_runs_that_take_differently_long_are_told_apart(tmp_path: Path) -> None:
+    _, runner = ran(tmp_path, [])
+    first = {job.cell: job for job in reversed(jobs())}
+    kinds = {cell: runner.kind(first[cell]) for cell in ("demo", "worlds", "pairs-x10", "action-continue")}
+    assert kinds == {
+        "demo": "builds world",
+        "worlds": "builds world",
+        "pairs-x10": "builds world pairs-20000",
+        "action-continue": "arm",
+    }
+    place = tmp_path / "worlds" / first["worlds"].world
+    place.mkdir(parents=True)
+    (place / "manifest.json").touch()
+    assert runner.kind(first["worlds"]) == runner.kind(first["gold"]) == "world is there"
+
+
+def test_an_interrupt_ends_the_run_that_there_is(tmp_path: Path) -> None:
+    begun = tmp_path / "begun"
+    here, runner = ran(tmp_path, [WAITS, str(begun)])
+    thread = threading.Thread(target=work, args=(here, runner.run, quiet))
+    thread.start()
+    while not begun.exists():
+        assert thread.is_alive()
+        thread.join(0.05)
+    here.interrupted.set()
+    runner.stop()
+    thread.join(60)
+    assert not thread.is_alive() and not Results(tmp_path / "results.jsonl").rows
