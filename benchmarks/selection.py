@@ -1,6 +1,6 @@
 """Does selection keep the gain and tell its value: simulated runs whose truth is known, seeds fixed beforehand.
 
-    python -m benchmarks.selection --runs 1000 --points 10 20 --se 0.05 0.1 0.2
+    python -m benchmarks.selection --out selection            # every cell: selection.md and selection.csv
 
 Units: the gain of the best version over the base, so a share is a true value. One evaluation has standard error `se`;
 the re-evaluation and the untouched sample have the same. Errors are independent and their size known, or those of 100
@@ -9,14 +9,18 @@ standard errors. The KL budget is half of what the run spends, declared without 
 """
 
 import argparse
+import csv
 import itertools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.mismatch import Curve, Series, choose, from_means, from_scores, report, rivals, shortlist
+from trainers.mismatch import Curve, choose, from_means, from_scores, report, shortlist
 from trainers.mismatch.selection import Estimate
 
 Array = NDArray[np.float64]
@@ -26,7 +30,7 @@ SEED, PROMPTS, CORRELATION = 20_240_602, 100, 0.7
 LISTED = 3
 KEPT = (
     "selected",
-    "smoothed, no re-evaluation",
+    "smoothed best",
     "3-point mean",
     "3-point mean, re-evaluated",
     "raw best",
@@ -34,8 +38,22 @@ KEPT = (
     "highest reward",
     "KL budget",
 )
-SAMPLES = ("untouched", "pooled", "curve")
+RIVALS = ("smoothed best", "3-point mean", "raw best", "last", "highest reward", "KL budget")
+SAMPLES = ("untouched", "curve")
+NO_GAIN = ("flat", "only falls")  # there the base is best: the share is the true value itself, at most 0
+GOAL_KEPT, GOAL_COVERAGE, GOAL_SE = 0.95, 0.93, 0.1
 Told = tuple[float, float, float]  # error, width, 1 if missed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """A truth (K,) with the errors of its evaluations."""
+
+    name: str
+    truth: Array
+    errors: str  # of ERRORS
+    se: float
+    seed: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,16 +101,24 @@ def paired(rng: np.random.Generator, truth: Array, versions: list[int], se: floa
 ERRORS: dict[str, Sample] = {"independent": independent, "paired": paired}
 
 
+def cells(errors: Sequence[str], points: Sequence[int], sizes: Sequence[float], seed: int = SEED) -> Iterator[Cell]:
+    """Yield every truth with each kind of errors, number of evaluated versions and standard error."""
+    for kind, count, se in itertools.product(errors, points, sizes):
+        for number, (name, truth) in enumerate(truths(count).items()):
+            key = (seed, list(ERRORS).index(kind), count, round(1000 * se), number)
+            yield Cell(name=name, truth=truth, errors=kind, se=se, seed=key)
+
+
 def averaged(mean: Array) -> Array:
     """Mean over 3 points, over 2 at the ends."""
     ones = np.ones(3)
     return np.convolve(mean, ones, "same") / np.convolve(np.ones(len(mean)), ones, "same")
 
 
-def measure(truth: Array, se: float, sample: Sample, runs: int, seed: list[int]) -> Measured:
-    """Select `runs` times on one truth (K,)."""
-    rng = np.random.default_rng(seed)
-    every = [_one(rng, truth, se, sample) for _ in range(runs)]
+def measure(cell: Cell, runs: int) -> Measured:
+    """Select `runs` times on one truth."""
+    rng = np.random.default_rng(cell.seed)
+    every = [_one(rng, cell) for _ in range(runs)]
     return Measured(
         kept={rule: np.array([kept[rule] for kept, _, _ in every]) for rule in KEPT},
         value={source: np.array([value[source] for _, value, _ in every]) for source in SAMPLES},
@@ -100,35 +126,37 @@ def measure(truth: Array, se: float, sample: Sample, runs: int, seed: list[int])
     )
 
 
-def _one(
-    rng: np.random.Generator, truth: Array, se: float, sample: Sample
-) -> tuple[dict[str, float], dict[str, Told], dict[str, Told]]:
+def _one(rng: np.random.Generator, cell: Cell) -> tuple[dict[str, float], dict[str, Told], dict[str, Told]]:
     """Return the true value of what each rule chose, and what value and gain say from each sample."""
-    versions = np.arange(len(truth))
+    truth, points, sample = cell.truth, len(cell.truth), ERRORS[cell.errors]
 
     def evaluate(at: list[int]) -> Curve:
-        return sample(rng, truth[at], at, se)
+        return sample(rng, truth[at], at, cell.se)
 
-    curve = evaluate(versions.tolist())
+    curve = evaluate(list(range(points)))
     choice = choose(curve, evaluate(list(shortlist(curve, LISTED).versions)))
     early = choose(curve)
     found = {
         "untouched": report(choice, evaluate(sorted({choice.version or 0, 0}))),
-        "pooled": report(choice),
         "curve": report(early),
     }
-    kept = {"selected": truth[choice.version], "smoothed, no re-evaluation": truth[early.version]}
     smooth = averaged(curve.mean)
     listed = sorted({0, *(np.argsort(-smooth[1:])[:LISTED] + 1).tolist()})
     both = (curve.mean[listed] + evaluate(listed).mean) / 2
-    kept |= {"3-point mean": truth[np.argmax(smooth)], "3-point mean, re-evaluated": truth[listed[np.argmax(both)]]}
-    reward = from_means("reward", versions.tolist(), (versions + rng.standard_normal(len(truth))).tolist(), None)
-    kl = from_means("kl", versions.tolist(), versions.tolist(), None)
-    series = Series(reward=reward, evaluations=(curve,), kl=kl)
-    kept |= {rival.rule: truth[rival.version or 0] for rival in rivals(series, kl_budget=len(truth) / 2)}
-    value = {k: _told(one.value, truth[one.version or 0], se) for k, one in found.items()}
-    gain = {k: _told(one.gain, truth[one.version or 0], se) for k, one in found.items()}
-    return {rule: float(one) for rule, one in kept.items()}, value, gain
+    reward = np.arange(points) + rng.standard_normal(points)
+    chosen = {
+        "selected": choice.version,
+        "smoothed best": early.version,
+        "3-point mean": np.argmax(smooth),
+        "3-point mean, re-evaluated": listed[np.argmax(both)],
+        "raw best": np.argmax(curve.mean),
+        "last": points - 1,
+        "highest reward": np.argmax(reward),
+        "KL budget": points // 2,
+    }
+    value = {k: _told(one.value, truth[one.version or 0], cell.se) for k, one in found.items()}
+    gain = {k: _told(one.gain, truth[one.version or 0], cell.se) for k, one in found.items()}
+    return {rule: float(truth[at or 0]) for rule, at in chosen.items()}, value, gain
 
 
 def _told(said: Estimate | None, true: float, se: float) -> Told:
@@ -138,29 +166,89 @@ def _told(said: Estimate | None, true: float, se: float) -> Told:
     return (said.value - true) / se, (said.high - said.low) / se, float(miss)
 
 
+def row(cell: Cell, measured: Measured) -> dict[str, object]:
+    """Return the line of one cell: means over its runs, their standard errors, and the goals that it misses."""
+    kept = measured.kept
+    runs = len(kept["selected"])
+    found: dict[str, object] = {
+        "truth": cell.name, "errors": cell.errors, "K": len(cell.truth), "SE": cell.se, "runs": runs,
+        **{rule: round(float(kept[rule].mean()), 4) for rule in KEPT},
+    }  # fmt: skip
+    told = {"value": measured.value, "gain": measured.gain}
+    for what, source in itertools.product(told, SAMPLES):
+        off, width, miss = told[what][source].T
+        found[f"{what} {source} bias"] = round(float(off.mean()), 4)
+        found[f"{what} {source} bias ±"] = round(1.96 * float(off.std(ddof=1)) / runs**0.5, 4)
+        found[f"{what} {source} coverage"] = round(1 - float(miss.mean()), 4)
+        found[f"{what} {source} width"] = round(float(np.median(width)), 3)
+    found["misses"] = "; ".join(_misses(cell, measured, found))
+    return found
+
+
+def _misses(cell: Cell, measured: Measured, found: dict[str, object]) -> Iterator[str]:
+    kept = measured.kept
+    if cell.se <= GOAL_SE and cell.name not in NO_GAIN:
+        if kept["selected"].mean() < GOAL_KEPT:
+            yield f"keeps less than {GOAL_KEPT:.0%}"
+        for rule in RIVALS:
+            less = kept[rule] - kept["selected"]
+            if less.mean() > 1.96 * less.std(ddof=1) / len(less) ** 0.5:
+                yield f"behind {rule}"
+    for what in ("value", "gain"):
+        bias, half = (float(str(found[f"{what} untouched {name}"])) for name in ("bias", "bias ±"))
+        if abs(bias) > half:
+            yield f"{what}: bias"
+        for source in SAMPLES:
+            if float(str(found[f"{what} {source} coverage"])) < GOAL_COVERAGE:
+                yield f"{what}, {source}: coverage"
+
+
+def _measured(job: tuple[Cell, int]) -> dict[str, object]:
+    cell, runs = job
+    return row(cell, measure(cell, runs))
+
+
+def table(rows: Sequence[dict[str, object]]) -> str:
+    """Return the rows as Markdown: shares of the gain, then what is said of value and gain."""
+    titles = ["truth", "errors", "K", "SE", *KEPT]
+    samples = [f"{what}, {source}: bias, coverage, width" for what in ("value", "gain") for source in SAMPLES]
+    lines = ["| " + " | ".join([*titles, *samples, "misses"]) + " |", "|---" * (len(titles) + len(samples) + 1) + "|"]
+    for one in rows:
+        shares = [f"{one[rule]:.3f}" for rule in KEPT]
+        told = [
+            "{:+.2f} ± {:.2f}, {:.3f}, {:.2f}".format(
+                *(one[f"{what} {source} {name}"] for name in ("bias", "bias ±", "coverage", "width"))
+            )
+            for what in ("value", "gain") for source in SAMPLES
+        ]  # fmt: skip
+        lines.append(
+            "| " + " | ".join([*(str(one[title]) for title in titles[:4]), *shares, *told, str(one["misses"])]) + " |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
-    """Print one line a cell: shares of the gain, then bias ± its error, coverage and median width by sample."""
+    """Measure every cell and write both tables; each line is printed as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1_000, help="simulated runs a cell")
-    parser.add_argument("--points", type=int, nargs="+", default=[10, 20], help="evaluated versions of a run")
+    parser.add_argument("--points", type=int, nargs="+", default=[10, 20, 50], help="evaluated versions of a run")
     parser.add_argument("--se", type=float, nargs="+", default=[0.05, 0.1, 0.2], help="standard error over the gain")
     parser.add_argument("--errors", nargs="+", default=list(ERRORS), choices=list(ERRORS))
+    parser.add_argument("--seed", type=int, default=SEED, help="another one to develop on")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("selection"), help="without its ending")
     options = parser.parse_args()
-    told = [f"{what} {source}: bias, coverage, width" for what in ("value", "gain") for source in SAMPLES]
-    print("| truth | errors | K | SE | runs |", " | ".join([*KEPT, *told]), "|")
-    print("|---" * (5 + len(KEPT) + len(told)) + "|")
-    for errors, points, se in itertools.product(options.errors, options.points, options.se):
-        for number, (name, truth) in enumerate(truths(points).items()):
-            seed = [SEED, list(ERRORS).index(errors), points, round(1000 * se), number]
-            cell = measure(truth, se, ERRORS[errors], options.runs, seed)
-            columns = [f"{cell.kept[rule].mean():.3f}" for rule in KEPT]
-            for rows in (*cell.value.values(), *cell.gain.values()):
-                off, widths, miss = rows.T
-                spread = off.std() / np.sqrt(len(off))
-                columns.append(
-                    f"{off.mean():+.2f} ± {1.96 * spread:.2f}, {1 - miss.mean():.3f}, {np.median(widths):.2f}"
-                )
-            print(f"| {name} | {errors} | {points} | {se:g} | {options.runs} |", " | ".join(columns), "|", flush=True)
+    jobs = [(cell, options.runs) for cell in cells(options.errors, options.points, options.se, options.seed)]
+    rows = []
+    with get_context("spawn").Pool(options.processes) as pool:
+        for one in pool.imap(_measured, jobs):
+            rows.append(one)
+            print(*(one[key] for key in ("truth", "errors", "K", "SE", "selected", "misses")), sep=" | ", flush=True)
+    with options.out.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    options.out.with_suffix(".md").write_text(table(rows))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Selection: its parts against scipy and statsmodels, its errors in a small simulation of fixed seed, its refusals."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -9,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
 
-from benchmarks.selection import independent, measure, truths
+from benchmarks.selection import KEPT, NO_GAIN, RIVALS, SAMPLES, cells, measure, row, table, truths
 from configs.errors import UserError
 from trainers.mismatch import Curve, Series, choose, from_means, from_scores, report, rivals, shortlist
 from trainers.mismatch.selection import pool
-from trainers.mismatch.smoothing import AMPLITUDES, LENGTHS, smooth
+from trainers.mismatch.smoothing import AMPLITUDES, JUMPS, LENGTHS, smooth
 
 POINTS = 10
 VERSIONS = list(range(0, 10 * POINTS, 10))
@@ -34,19 +35,19 @@ def test_smoothing_is_the_average_of_gaussian_processes_by_the_density_of_differ
     time, errors = np.arange(POINTS), (1 + 1e-6) * np.eye(POINTS)
     apart = np.abs(time[:, None] - time)
     differences = np.diff(np.eye(POINTS), axis=0)
+    seen, back = differences @ noisy.mean, errors @ differences.T
     means, covariances, densities = [], [], []
-    for jump in range(POINTS):  # 0: none
-        for length in LENGTHS[1:] if jump else LENGTHS:
-            r = np.sqrt(5) * apart / length
-            curved = (1 + r + r**2 / 3) * np.exp(-r) * ((time < jump)[:, None] == (time < jump))
-            for kernel in [curved] if jump else [np.exp(-apart / length), curved][: 1 if rough else 2]:
-                for amplitude in AMPLITUDES[1:-1] if jump else AMPLITUDES:
-                    prior = 1 / 9 / 15 if jump else 1 / 28 if rough else 1 / 56
-                    spread = differences @ (amplitude**2 * kernel + errors) @ differences.T
-                    seen, back = differences @ noisy.mean, errors @ differences.T
-                    densities.append(prior * stats.multivariate_normal.pdf(seen, cov=spread))
-                    means.append(noisy.mean - back @ np.linalg.solve(spread, seen))
-                    covariances.append(errors - back @ np.linalg.solve(spread, back.T))
+    for amplitude, length in itertools.product(AMPLITUDES, LENGTHS):
+        r = np.sqrt(5) * apart / length
+        kinked, curved = np.exp(-apart / length), (1 + r + r**2 / 3) * np.exp(-r)
+        jumps = [(np.outer(time >= at, time >= at), size) for at in range(1, POINTS) for size in JUMPS]
+        paths = [(1 / 28 / len(jumps), amplitude**2 * curved + size**2 * step) for step, size in jumps]
+        paths += [(1 / 28 if rough else 1 / 56, amplitude**2 * kinked), (0 if rough else 1 / 56, amplitude**2 * curved)]
+        for prior, path in paths:
+            spread = differences @ (path + errors) @ differences.T
+            densities.append(prior * stats.multivariate_normal.pdf(seen, cov=spread))
+            means.append(noisy.mean - back @ np.linalg.solve(spread, seen))
+            covariances.append(errors - back @ np.linalg.solve(spread, back.T))
     mean, covariance = smooth(noisy, rough=rough)
     weights = np.array(densities) / np.sum(densities)
     expected = weights @ np.array(means)
@@ -105,6 +106,8 @@ def test_the_shortlist_holds_the_base_and_the_likely_best() -> None:
     assert listed.base == 0 and len(listed.versions) == 4 and {0, 50} <= set(listed.versions)
     assert set(listed.versions) < {0, 30, 40, 50, 60}
     assert shortlist(measured(), size=50).versions == tuple(VERSIONS)
+    assert shortlist(measured(), among=[0, 10, 70, 90]).versions == (0, 10, 70, 90)
+    assert shortlist(curve(PEAK, 1e-3)).versions == (0, 40, 50, 60), "the best is sure: then the next best"
     with pytest.raises(UserError, match="a shortlist of 0 versions"):
         shortlist(measured(), size=0)
 
@@ -208,15 +211,19 @@ def test_samples_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_small_simulation_keeps_the_gain_and_tells_its_value() -> None:
-    runs = 60
-    cell = measure(truths(POINTS)["kink late"], 0.1, independent, runs, [0])
-    kept = {rule: values.mean() for rule, values in cell.kept.items()}
-    assert kept["selected"] >= 0.95
-    assert kept["selected"] > max(kept[rule] for rule in ("raw best", "last", "highest reward"))
-    for told in (cell.value["untouched"], cell.gain["untouched"]):
-        off, _, miss = told.T
-        assert abs(off.mean()) <= 3 * off.std() / np.sqrt(runs)
-        assert miss.mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / runs)
+    runs = 40
+    found = {cell.name: measure(cell, runs) for cell in cells(["independent"], [POINTS], [0.1])}
+    kept = {rule: np.mean([found[name].kept[rule] for name in found if name not in NO_GAIN]) for rule in KEPT}
+    assert kept["selected"] >= 0.95 and kept["selected"] > max(kept[rule] for rule in RIVALS)
+    for told in ([cell.value for cell in found.values()], [cell.gain for cell in found.values()]):
+        for source in SAMPLES:
+            off, _, miss = np.concatenate([one[source] for one in told]).T
+            assert miss.mean() <= 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(miss))
+            assert source == "curve" or abs(off.mean()) <= 3 * off.std() / np.sqrt(len(off))
+    cell = next(iter(cells(["paired"], [POINTS], [0.1])))
+    line = row(cell, measure(cell, 3))
+    assert (line["truth"], line["errors"], line["K"], line["runs"]) == ("kink early", "paired", POINTS, 3)
+    assert table([line]).count("\n") == 3 and "| kink early | paired | 10 | 0.1 |" in table([line])
 
 
 @settings(max_examples=10, deadline=None)

@@ -266,8 +266,10 @@ def _estimates(
 ) -> tuple[Estimate, Estimate]:
     """Value of `version` and its gain over `base`, from `fresh`, or from the curve, smoothed or as it was measured.
 
-    A smoothed value's interval is as wide as the measured one's or wider: what smoothing gains in spread at a peak,
-    it may lose in bias. The base was not chosen for its value and is taken as measured: a steep start would lift it.
+    What smoothing gains in spread at a peak, it may lose in bias: a smoothed value's interval is as wide as the measured
+    one's or wider, and also holds that of the middle between the two, as the measured value is biased upward and the
+    smoothed one, at a sharp peak, downward. The base was not chosen for its value and is taken as measured: a steep
+    start would lift it.
     """
     used = curve if fresh is None else fresh
     if used.covariance is None:
@@ -283,7 +285,8 @@ def _estimates(
     for middle, weights in ((float(mean[one]), alone), (float(gain), alone - np.eye(len(mean))[other])):
         variance = max(weights @ covariance @ weights, weights @ stated @ weights, 0)
         half = quantile * float(np.sqrt(variance))
-        found.append(Estimate(value=middle, low=middle - half, high=middle + half))
+        aside = (float(weights @ used.mean) - middle) / 2 if smoothed else 0.0
+        found.append(Estimate(value=middle, low=middle - half + min(aside, 0), high=middle + half + max(aside, 0)))
     return found[0], found[1]
 
 
