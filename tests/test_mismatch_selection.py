@@ -211,7 +211,7 @@ def test_samples_that_do_not_fit_are_refused() -> None:
 
 
 def test_a_small_simulation_keeps_the_gain_and_tells_its_value() -> None:
-    runs = 40
+    runs = 25
     found = {cell.name: measure(cell, runs) for cell in cells(["independent"], [POINTS], [0.1])}
     kept = {rule: np.mean([found[name].kept[rule] for name in found if name not in NO_GAIN]) for rule in KEPT}
     assert kept["selected"] >= 0.95 and kept["selected"] > max(kept[rule] for rule in RIVALS)

@@ -195,7 +195,7 @@ class RunJournal:
     def _likely(self) -> Collection[int]:
         """Return the first version and the SPARE that are most likely to be shortlisted in the end."""
         try:
-            if self._curve is not None and (listed := shortlist(self._curve, SPARE)).versions:
+            if self._curve is not None and (listed := shortlist(self._curve, SPARE, self._pins.versions())).versions:
                 return listed.versions
         except UNJUDGED as error:
             log.debug("no shortlist: %s", error)

@@ -266,9 +266,9 @@ def _estimates(
 ) -> tuple[Estimate, Estimate]:
     """Value of `version` and its gain over `base`, from `fresh`, or from the curve, smoothed or as it was measured.
 
-    What smoothing gains in spread at a peak, it may lose in bias: a smoothed value's interval is as wide as the measured
-    one's or wider, and also holds that of the middle between the two, as the measured value is biased upward and the
-    smoothed one, at a sharp peak, downward. The base was not chosen for its value and is taken as measured: a steep
+    What smoothing gains in spread at a peak, it may lose in bias: a smoothed value's interval is as wide as the
+    measured one's or wider. It also holds that of the middle between the two: a measured value is biased upward, a
+    smoothed one at a sharp peak downward. The base was not chosen for its value and is taken as measured: a steep
     start would lift it.
     """
     used = curve if fresh is None else fresh
