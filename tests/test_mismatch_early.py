@@ -1,6 +1,8 @@
 """Early warnings: what they are blind to, what they see, and that a stated rate of false ones is kept."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from benchmarks.early import ALPHA, QUANTITIES, false_warnings, families
+from cluster.__main__ import main
+from tests.test_watch import answers, jsonl
 from trainers.mismatch import Curve, from_means, scan
 from trainers.mismatch.early import FEWEST, LATEST, SHORTEST, Early, between, departure, null, warn
 
@@ -110,3 +114,24 @@ def test_a_fast_part_of_the_table_keeps_the_rate() -> None:
             if "by the rule" in family.name or "0.8" in family.name:
                 continue
             assert false_warnings(family, bound, 1_000, [1, points])[0] <= 0.065, family.name  # 0.05 and 2 of its SE
+
+
+def test_an_early_warning_stands_apart_from_the_state(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    rows = [
+        {"version": i, "reward": i / 10, "gold": 0.5 + i / 50, "gold_se": 0.05, "kl": i / 50 + rng.normal(0, 0.01),
+         "entropy": 2 - i / 40 - (i >= 12) + rng.normal(0, 0.02)} for i in range(20)
+    ]  # fmt: skip
+    run = str(tmp_path / "run.jsonl")
+    Path(run).write_text(jsonl(*rows))
+    found = answers([run], capsys)
+    entropy, kl = found["early_warnings"]
+    assert found["state"] == "aligned" and kl["warned_version"] is None
+    assert (entropy["kind"], entropy["quantity"], kl["kind"]) == ("entropy", "entropy", "KL")
+    assert entropy["warned_version"] in (12, 13, 14) and entropy["false_warning_rate"] == 0.025
+    said = f"warning at version {entropy['warned_version']}"
+    assert main(["watch", run, "--once"]) == 0
+    assert f"early: entropy {said}, false in at most 2.5 % of runs" in re.sub(" +", " ", capsys.readouterr().out)
+    assert main(["report", run, "--text"]) == 0
+    told = capsys.readouterr().out
+    assert said in told and "at most 2.5 % of runs" in told and "no warning; KL" in told

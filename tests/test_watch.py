@@ -238,26 +238,6 @@ def test_each_field_is_documented(here: Path, capsys: pytest.CaptureFixture[str]
     assert sorted(rows) == sorted(fields)
 
 
-def test_an_early_warning_stands_apart_from_the_state(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rng = np.random.default_rng(0)
-    rows = [
-        {"version": i, "reward": i / 10, "gold": 0.5 + i / 50, "gold_se": 0.05, "kl": i / 50 + rng.normal(0, 0.01),
-         "entropy": 2 - i / 40 - (i >= 12) + rng.normal(0, 0.02)} for i in range(20)
-    ]  # fmt: skip
-    (here / "run.jsonl").write_text(jsonl(*rows))
-    found = answers(["run.jsonl"], capsys)
-    entropy, kl = found["early_warnings"]
-    assert found["state"] == "aligned" and kl["warned_version"] is None
-    assert (entropy["kind"], entropy["quantity"], kl["kind"]) == ("entropy", "entropy", "KL")
-    assert entropy["warned_version"] in (12, 13, 14) and entropy["false_warning_rate"] == 0.025
-    said = f"warning at version {entropy['warned_version']}"
-    assert main(["watch", "run.jsonl", "--once"]) == 0
-    assert f"early: entropy {said}, false in at most 2.5 % of runs" in re.sub(" +", " ", capsys.readouterr().out)
-    assert main(["report", "run.jsonl", "--text"]) == 0
-    told = capsys.readouterr().out
-    assert said in told and "at most 2.5 % of runs" in told and "no warning; KL" in told
-
-
 def test_columns_can_be_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (here / "run.csv").write_text(csv(header="iteration,score,divergence,truth,truth_se"))
     named = ["--version", "iteration", "--reward", "score", "--kl", "divergence", "--eval", "truth", "--margin", "9"]
