@@ -107,9 +107,8 @@ def _regress(values: Array, errors: Array, prior: _Prior) -> tuple[Array, Array]
 
 def _after(values: Array) -> Array:
     """Sum the last axis (n) from each place but the first to the end, and put these places (J) before what is left."""
-    sums: Array = np.cumsum(values[..., ::-1], -1)[..., -2::-1]
-    first: Array = sums if values.ndim == 2 else np.moveaxis(sums, -1, 1)
-    return first
+    sums = np.cumsum(values[..., ::-1], -1)[..., -2::-1]
+    return np.asarray(sums if values.ndim == 2 else np.moveaxis(sums, -1, 1))
 
 
 def _paths(versions: Integers) -> Array:
