@@ -53,7 +53,7 @@ def test_the_fall_is_found_with_the_stated_power() -> None:
 def test_the_cheapest_in_time_is_chosen() -> None:
     free = evaluation_budget(replace(WANTED, within=0.7), FAST, [20, 6, 10, 6])
     assert [option.evaluations for option in free.options] == [6, 10, 20]
-    assert [option.prompts for option in free.options] == sorted(option.prompts for option in free.options)
+    assert [option.cost for option in free.options] == sorted(option.cost for option in free.options)
     assert free.chosen == free.options[0]
     soon = evaluation_budget(replace(WANTED, within=0.2), FAST, [6, 10, 20])
     assert soon.chosen is not None and soon.chosen.evaluations == 20

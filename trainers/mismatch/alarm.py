@@ -14,7 +14,11 @@ from trainers.mismatch.series import Array, Curve, Series
 Crossing = tuple[float, int, int, int]  # z, start, stop, latest
 State = Literal["aligned", "flattening", "parted", "decayed", "broken"]
 
-MARGIN_SE = 0.6  # the default margin, in standard errors of one evaluation
+MARGIN_SE = 0.7  # the default margin, in standard errors of one evaluation
+AROUND_PEAK = 2  # points, the peak the last of them, which stand for the time before a fall that has a shape
+HELD = 3  # points for which the minimum detectable drop is held
+POWER_RUNS, POWER_SEED = 2_000, 1  # simulated for it
+LARGEST_DROP, DROP_STEP = 100.0, 0.01  # between which it is searched, in standard errors
 FEWEST = 3  # evaluated versions before anything is said
 SLOPE_POINTS = 5  # the latest points whose slope is compared with the slope before
 
@@ -24,9 +28,8 @@ class Settings:
     """What the alarm is asked for. Raises UserError for a number outside its range."""
 
     alpha: float = 0.05  # false alarms per run, of the primary evaluation; and of all the others together
-    margin: float | None = (
-        None  # a drop that does not matter, in the evaluation's unit; None: 0.6 of its standard error
-    )
+    # a drop that does not matter, in the evaluation's unit; None: 0.7 of its standard error
+    margin: float | None = None
     planned: int | None = None  # evaluated versions the run will have; None: not known
     power: float = 0.8  # of the minimum detectable drop
     runs: int = 20_000  # simulated for the boundary
@@ -67,9 +70,8 @@ class Alarm:
     raised: bool  # at any version so far
     falls: tuple[Fall, ...]  # in order; only the last may be unrecovered
     margin: float
-    minimum_detectable_drop: (
-        float | None
-    )  # a step held for 3 points that is found with Settings.power; None: see reason
+    # a step held for 3 points that is found with Settings.power; None: not enough, or none is found so soon
+    minimum_detectable_drop: float | None
     not_enough: str | None  # why nothing is said
 
     @property
@@ -162,27 +164,33 @@ def _prepare(curve: Curve, settings: Settings) -> _Scanned | Alarm:
     covariance = scan.floored(curve.covariance)
     margins = margin_by_look(covariance, settings.margin)
     scale = scan.noise_scale(curve.mean[:, None], covariance)[:, 0]
+    values = scan.winsorised(curve.mean[:, None], covariance)[:, 0]
     best: list[tuple[Crossing, ...]] = [()]
     for look in range(1, points):
         found = scan.contrasts(covariance, look)
-        z = (scan.differences(found, curve.mean) - margins[look]) / (found.sd * scale[look])
+        z = (found.weights @ values[: look + 1] - margins[look]) / (found.sd * scale[look]) - found.handicap
         tops = [int(np.argmax(np.where(found.latest == m, z, -np.inf))) for m in np.unique(found.latest)]
-        best.append(tuple((float(z[i]), int(found.start[i]), int(found.stop[i]), int(found.latest[i])) for i in tops))
+        best.append(tuple(_crossing(float(z[i]), found, i, curve.mean) for i in tops))
     maxima = scan.null_maxima(covariance, settings.runs, settings.seed)
     return _Scanned(curve=curve, covariance=covariance, margins=margins, scale=scale, best=tuple(best), maxima=maxima)
 
 
-def margin_by_look(covariance: Array, margin: float | None) -> Array:
-    """Return the margin at each look (K,): as given, or from the effective standard errors up to the look.
+def _crossing(z: float, found: scan.Contrasts, place: int, mean: Array) -> Crossing:
+    """Say which contrast it is. A shape knows the peak to a point or two only: it is taken for the highest point."""
+    start, stop, latest = (int(of[place]) for of in (found.start, found.stop, found.latest))
+    if found.handicap[place] == 0:
+        stop = found.look - int(np.argmax(mean[start : found.look][::-1]))
+        start = max(start, stop - AROUND_PEAK)
+    return z, start, stop, latest
 
-    Effective: the standard deviation of the difference of neighbours over the square root of 2.
-    """
+
+def margin_by_look(covariance: Array, margin: float | None) -> Array:
+    """Return the margin at each look (K,): as given, or from the effective standard errors up to the look."""
     points = len(covariance)
     if margin is not None:
         return np.full(points, margin)
-    variance = np.diag(covariance)
-    steps = np.sqrt(np.maximum(variance[1:] + variance[:-1] - 2 * np.diag(covariance, 1), 0) / 2)
-    return MARGIN_SE * np.array([np.median(steps[: max(look, 1)]) for look in range(points)])
+    errors = scan.effective_errors(covariance)
+    return MARGIN_SE * np.array([np.median(errors[: max(look, 1)]) for look in range(points)])
 
 
 def _boundary(scanned: _Scanned, alpha: float, settings: Settings) -> Array:
@@ -192,15 +200,16 @@ def _boundary(scanned: _Scanned, alpha: float, settings: Settings) -> Array:
 def _alarm(scanned: _Scanned, alpha: float, settings: Settings) -> Alarm:
     bound = _boundary(scanned, alpha, settings)
     falls = _falls(scanned, bound)
+    drop = detectable_drop(
+        scanned.covariance, bound, float(scanned.margins[-1]), settings.power, float(scanned.scale[-1])
+    )
     return Alarm(
         evaluation=scanned.curve.name,
         alpha=alpha,
         raised=bool(falls),
         falls=falls,
         margin=float(scanned.margins[-1]),
-        minimum_detectable_drop=detectable_drop(
-            scanned.covariance, bound, float(scanned.margins[-1]), settings.power, float(scanned.scale[-1])
-        ),
+        minimum_detectable_drop=drop if np.isfinite(drop) else None,
         not_enough=None,
     )
 
@@ -220,7 +229,8 @@ def _falls(scanned: _Scanned, bound: Array) -> tuple[Fall, ...]:
             falls[-1] = _ended(standing, version)
             standing, fresh = None, look
             continue
-        z, start, stop, latest = max(one for one in scanned.best[look] if look + 1 - one[3] >= fresh)
+        allowed = [one for one in scanned.best[look] if look + 1 - one[3] >= fresh]
+        z, start, stop, latest = max(allowed, default=(-np.inf, 0, 0, 0))
         if z > bound[look]:
             since = int(curve.versions[stop - 1])
             standing = Fall(raised=version, since=since, look=look, start=start, stop=stop, latest=latest)
@@ -234,17 +244,28 @@ def _ended(fall: Fall, version: int) -> Fall:
 
 
 def detectable_drop(covariance: Array, bound: Array, margin: float, power: float, scale: float = 1.0) -> float:
-    """Return the step that the latest look finds with `power` or more, held for the latest 3 points after 3 before.
+    """Return the step that the latest look finds with `power`, held for the latest 3 points, by simulation.
 
-    `covariance` (K, K) of the errors, `bound` (K,) of the scan, `scale` the noise scale; in the evaluation's unit.
-    Fewer where there are fewer points. A contrast's normal power alone; the maximum over contrasts can only add to it.
+    `covariance` (K, K) of the errors, `bound` (K,) of the scan, `scale` the noise scale so far; in the evaluation's
+    unit. Fewer where there are fewer than 6 points. Infinite where no step is found so soon.
     """
-    look = len(covariance) - 1
-    latest = min(3, (look + 1) // 2)
-    found = scan.contrasts(covariance, look)
-    here = (found.latest == latest) & (found.stop == look + 1 - latest) & (found.stop - found.start == latest)
-    sd = float(found.sd[here][0]) * scale
-    return float(margin + (bound[look] + stats.norm.ppf(power)) * sd)
+    points = len(covariance)
+    noise = scale * scan.null_paths(covariance, POWER_RUNS, POWER_SEED)
+    after = (np.arange(points) >= points - min(HELD, points // 2)).astype(np.float64)[:, None]
+    margins = np.full(points, margin)
+
+    def found(drop: float) -> bool:
+        maxima = scan.path_maxima(noise - drop * after, covariance, margins, last_only=True)
+        return bool(np.mean(maxima[-1] > bound[-1]) >= power)
+
+    unit = float(np.median(scan.effective_errors(covariance)))
+    low, high = 0.0, LARGEST_DROP * (margin + scale * unit)
+    if not found(high):
+        return float(np.inf)
+    while high - low > DROP_STEP * unit:
+        middle = (low + high) / 2
+        low, high = (low, middle) if found(middle) else (middle, high)
+    return high
 
 
 def _holm(named: Sequence[_Scanned | Alarm], settings: Settings) -> tuple[Alarm, ...]:

@@ -82,7 +82,7 @@ def evaluation_budget(
     """Return the fewest prompts with which the alarm detects the drop, by number of evaluations, and the cheapest.
 
     The alarm's own boundary and minimum detectable drop, at its `alpha`, `power` and `margin`; each number is taken as
-    planned. More evaluations see a fall sooner, and each needs more prompts, since there are more looks. Raises
+    planned. More evaluations see a fall sooner and cost more; each needs about as many prompts. Raises
     UserError for a number of evaluations that is too small, and for a margin which is no smaller than the drop.
     """
     settings, drop = settings or Settings(), wanted.in_unit

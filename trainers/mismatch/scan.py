@@ -1,30 +1,45 @@
-"""The sequential scan for a drop: contrasts of an earlier block with the latest points, and their boundary.
+"""The sequential scan for a fall: contrasts of earlier points with the latest ones, and their boundary.
 
-H0, about the true values g of one evaluation: g_t >= max over s < t of g_s, less a margin, at every version t. Every
-contrast
+H0, about the true values g of one evaluation: g_t >= max over s < t of g_s, less a margin, at every version t. A
+contrast has weights w that sum to 0, whose sums from the first point to any other are at least 0, and whose positive
+ones sum to 1. So under H0 the mean of w . values is at most the margin, and
 
-    z = (mean of an earlier block - mean of the latest 1 to 4 points - margin) / its standard error
+    z = (w . values - margin) / (standard error of w . values, times the noise scale) - handicap
 
-then has an expectation of at most 0, whatever the path: under any such path the maximum over contrasts and looks is at
-most what the same noise gives on a constant path with margin 0. A boundary simulated there holds for all of H0, rising
-paths included. Alpha is spent over the looks as in Lan & DeMets 1983.
+is at most what the same noise gives on a constant path with margin 0, before the noise scale: that one is larger in
+distribution where the path bends, and the same where it is straight. So a boundary that is simulated on the constant
+path holds for all of H0, rising paths included. Values are winsorised first, which leaves H0 as it is. The scan is the
+largest z of a look. Alpha is spent over the looks as in Lan & DeMets 1983.
+
+The contrasts: for a fall that began 3 points ago, each of two shapes of it less its isotonic regression, the contrast
+of the most powerful test against the nearest rising path (Robertson, Wright & Dykstra 1988, chapter 2); for all others,
+means of an earlier block less the mean of the latest 2 or 4 points. Those are many, so they have a handicap.
 """
 
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
+from scipy.optimize import isotonic_regression
 
 from trainers.mismatch.series import Array, Integers
 
-LATEST = 4  # the longest block of latest points
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)  # of the earlier block
+AGE = 3  # points since the peak, of the falls that have a shape
+RISE = 1 / 3  # slope before the peak of a kink, of the slope after it
+LATEST = {2: 1.0, 4: 1.7}  # the latest block's length: handicap; wide blocks mistake slow errors for a fall
+LENGTHS = (2, 4, 8, 16, 32, 64, 128)  # of the earlier block, each moved by half of itself
+FURTHEST = 8  # lengths of the earlier block between it and the latest one, at most
+WINSORISED = 4.0  # effective standard errors by which one evaluation can fall below the one before
 HALF_SPENT = 10  # looks after which half of alpha is spent, when their number is not known
 DIAGONAL_FLOOR = 0.5  # of the median standard error so far
 CONTRAST_FLOOR = 0.05  # of the standard error of the same contrast, were the versions independent
-PRIOR_LOOKS = 8  # weight of the stated standard errors against the ones seen in second differences
-OUTLIER = 16.0  # a squared standardised second difference counts as at most this
+PRIOR_LOOKS = 12  # weight of the stated standard errors against the ones seen in third differences
+THIRD = np.array([-1.0, 3.0, -3.0, 1.0])
+OUTLIER = 16.0  # a squared standardised third difference counts as at most this
+TINY = 1e-12  # of a weight that is 0 but for rounding
 CHUNK = 2_000  # simulated runs at a time: they stay in the processor's cache
 
 Runs = NDArray[np.float32]
@@ -32,12 +47,14 @@ Runs = NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Contrasts:
-    """The C contrasts of one look: points [start, stop) against the last `latest` of the t + 1 points seen."""
+    """The C contrasts of one look. Points [start, stop) are the earlier ones of each, the last `latest` the latest."""
 
     look: int  # t, the latest point
+    weights: Array  # (C, t + 1)
     start: Integers  # (C,)
-    stop: Integers  # (C,)
+    stop: Integers  # (C,) of a shape: the point after the peak
     latest: Integers  # (C,)
+    handicap: Array  # (C,) in standard errors; of a shape: 0
     sd: Array  # (C,) standard error, in the evaluation's unit
 
 
@@ -59,79 +76,108 @@ def floored(covariance: Array) -> Array:
 
 def contrasts(covariance: Array, look: int) -> Contrasts:
     """Return every contrast of the look at point `look` >= 1, from the covariance (K, K) of the points' errors."""
-    start, stop, latest = [], [], []
-    for m in range(1, min(LATEST, look) + 1):
+    weights, stop, handicap = _weights(look)
+    seen = covariance[: look + 1, : look + 1]
+    variance = np.sum(weights @ seen * weights, 1)
+    independent = weights**2 @ np.diag(seen)
+    return Contrasts(
+        look=look,
+        weights=weights,
+        start=np.argmax(weights > 0, 1),
+        stop=stop,
+        latest=np.argmax(weights[:, ::-1] >= 0, 1),
+        handicap=handicap,
+        sd=np.sqrt(np.maximum(variance, CONTRAST_FLOOR**2 * independent)),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _weights(look: int) -> tuple[Array, Integers, Array]:
+    """Return weights (C, t + 1), stop (C,) and handicap (C,) of every contrast, not to be written to."""
+    found = [*_shapes(look), *_blocks(look)]
+    weights, handicap = np.stack([one for one, _, _ in found]), np.array([one for _, _, one in found])
+    return weights, np.array([one for _, one, _ in found]), handicap
+
+
+def _shapes(look: int) -> Iterator[tuple[Array, int, float]]:
+    """Yield weights (t + 1,), stop and handicap of the kink and the parabola."""
+    age = min(AGE, look)
+    time = np.arange(look + 1) - float(look - age)
+    for shape in (np.where(time < 0, RISE * time, -time), -(time**2)):
+        weights = shape - isotonic_regression(shape).x
+        weights[np.abs(weights) < TINY] = 0
+        yield weights / np.sum(weights[weights > 0]), look - age + 1, 0.0
+
+
+def _blocks(look: int) -> Iterator[tuple[Array, int, float]]:
+    """Yield weights (t + 1,), stop and handicap of the blocks; one of 2 points ends next to the latest ones only."""
+    for latest, handicap in LATEST.items():
         for length in LENGTHS:
-            ends = np.arange(length, look + 2 - m)
-            start.append(ends - length)
-            stop.append(ends)
-            latest.append(np.full(len(ends), m))
-    a, b, m_all = np.concatenate(start), np.concatenate(stop), np.concatenate(latest)
-    c, e = look + 1 - m_all, np.full(len(a), look + 1)
-    sums = np.pad(np.cumsum(np.cumsum(covariance, 0), 1), ((1, 0), (1, 0)))
-    spread = np.concatenate([[0], np.cumsum(np.diag(covariance))])
-    before = (sums[b, b] - sums[a, b] - sums[b, a] + sums[a, a]) / (b - a) ** 2
-    after = (sums[e, e] - sums[c, e] - sums[e, c] + sums[c, c]) / m_all**2
-    between = (sums[b, e] - sums[a, e] - sums[b, c] + sums[a, c]) / ((b - a) * m_all)
-    independent = (spread[b] - spread[a]) / (b - a) ** 2 + (spread[e] - spread[c]) / m_all**2
-    variance = np.maximum(before + after - 2 * between, CONTRAST_FLOOR**2 * independent)
-    return Contrasts(look=look, start=a, stop=b, latest=m_all, sd=np.sqrt(variance))
+            for gap in range(0, FURTHEST * length + 1 if length > 2 else 3, length // 2):
+                stop = look + 1 - latest - gap
+                if stop < length:
+                    break
+                weights = np.zeros(look + 1)
+                weights[stop - length : stop] = 1 / length
+                weights[-latest:] = -1 / latest
+                yield weights, stop, handicap
 
 
-def differences(of: Contrasts, values: Array) -> Array:
-    """Return mean of the earlier block - mean of the latest points (C,) of `values` (K,), in their unit."""
-    sums = np.concatenate([[0.0], np.cumsum(values - values[0])])
-    last = of.look + 1
-    before = (sums[of.stop] - sums[of.start]) / (of.stop - of.start)
-    return np.asarray(before - (sums[last] - sums[last - of.latest]) / of.latest)
+def effective_errors(covariance: Array) -> Array:
+    """Return standard deviations of the differences of neighbours over the square root of 2 (K - 1,), of (K, K)."""
+    variance = np.diag(covariance)
+    return np.asarray(np.sqrt(np.maximum(variance[1:] + variance[:-1] - 2 * np.diag(covariance, 1), 0) / 2))
+
+
+def winsorised(values: Array, covariance: Array) -> Array:
+    """Let no point of series (K, S) fall below the one before by more than 4 effective standard errors of (K, K).
+
+    So a single outlier is no fall; a fall that lasts is seen in full one point later. Of a path within H0, what is left
+    lies within H0: each value stays between the two that it is made of.
+    """
+    out = values.copy()
+    out[1:] = np.maximum(values[1:], values[:-1] - WINSORISED * effective_errors(covariance)[:, None])
+    return out
+
+
+def null_paths(covariance: Array, runs: int, seed: int) -> Array:
+    """Simulate errors (K, runs) of `covariance` (K, K); row t depends on the first t + 1 points only."""
+    points = len(covariance)
+    root = np.linalg.cholesky(covariance + 1e-9 * covariance.trace() / points * np.eye(points))
+    return np.asarray(root @ np.stack([np.random.default_rng([seed, t]).standard_normal(runs) for t in range(points)]))
 
 
 def null_maxima(covariance: Array, runs: int, seed: int) -> Runs:
     """Simulate the scan's maximum at each look, (K, runs), on a constant path with errors of `covariance` (K, K).
 
-    Row t depends on the first t + 1 points only, so that a boundary does not move when points are added. Row 0 is
-    minus infinity: one point has nothing to be compared with.
+    Row t depends on the first t + 1 points only, so that a boundary does not move when points are added.
     """
-    points = len(covariance)
-    root = np.linalg.cholesky(covariance + 1e-9 * covariance.trace() / points * np.eye(points))
-    normal = np.stack([np.random.default_rng([seed, t]).standard_normal(runs) for t in range(points)])
-    return path_maxima(root @ normal, covariance)
+    return path_maxima(null_paths(covariance, runs, seed), covariance)
 
 
-def path_maxima(paths: Array, covariance: Array, margins: Array | None = None) -> Runs:
+def path_maxima(paths: Array, covariance: Array, margins: Array | None = None, *, last_only: bool = False) -> Runs:
     """Return the scan's maximum at each look (K, S) of S series (K, S), errors of `covariance` (K, K).
 
-    `margins` (K,) by look, in the evaluation's unit; none: 0. Row 0 is minus infinity.
+    `margins` (K,) by look, in the evaluation's unit; none: 0. Row 0 is minus infinity: one point has nothing to be
+    compared with; with `last_only` so are all rows but the last.
     """
     points, runs = paths.shape
     unit = float(np.sqrt(covariance.trace() / points))
-    scaled, less = paths / unit, (np.zeros(points) if margins is None else margins / unit).astype(np.float32)
-    looks = [contrasts(covariance / unit**2, t) for t in range(1, points)]
+    less = np.zeros(points) if margins is None else margins
+    looks = [contrasts(covariance, look) for look in range(points - 1 if last_only else 1, points)]
     maxima = np.full((points, runs), -np.inf, np.float32)
     for first in range(0, runs, CHUNK):
         part = slice(first, first + CHUNK)
-        maxima[1:, part] = _maxima((scaled[:, part] - scaled[0, part]).astype(np.float32), looks, less)
+        scale = noise_scale(paths[:, part], covariance).astype(np.float32)
+        values = (winsorised(paths[:, part], covariance) - paths[0, part]) / unit
+        values = values.astype(np.float32)
+        for at in looks:
+            weights = (at.weights * (unit / at.sd)[:, None]).astype(np.float32)
+            z = weights @ values[: at.look + 1] - (less[at.look] / at.sd).astype(np.float32)[:, None]
+            z /= scale[at.look]
+            z -= at.handicap.astype(np.float32)[:, None]
+            maxima[at.look, part] = z.max(0)
     return maxima
-
-
-def _maxima(paths: Runs, looks: list[Contrasts], margins: Runs) -> Runs:
-    """Maximum over the contrasts at each look (K - 1, S) of paths (K, S), in the order that `contrasts` has them."""
-    points, runs = paths.shape
-    sums = np.concatenate([np.zeros((1, runs), np.float32), np.cumsum(paths, 0)])
-    blocks = {n: (sums[n:] - sums[:-n]) / np.float32(n) for n in LENGTHS if n < points}
-    out = np.full((points - 1, runs), -np.inf, np.float32)
-    for row, look in enumerate(looks):
-        last, done = look.look + 1, 0
-        inverse = (1 / look.sd).astype(np.float32)[:, None]
-        for m in range(1, min(LATEST, look.look) + 1):
-            now = (sums[last] - sums[last - m]) / np.float32(m) + margins[look.look]
-            for length in LENGTHS:
-                ends = last - m - length + 1
-                if ends > 0:
-                    z = (blocks[length][:ends] - now) * inverse[done : done + ends]
-                    np.maximum(out[row], z.max(0), out=out[row])
-                    done += ends
-    return out
 
 
 def boundary(maxima: Runs, alpha: float, planned: int | None = None) -> Array:
@@ -163,18 +209,24 @@ def for_prompts(bound: Array, prompts: int | None) -> Array:
 def noise_scale(values: Array, covariance: Array) -> Array:
     """Return by how much, at least 1, series (K, S) show their standard errors to be understated, at each look (K, S).
 
-    The mean squared second difference up to the look, each in units of its own variance under `covariance` (K, K),
-    averaged with 8 looks' worth of 1 (the estimator of Gasser, Sroka & Jennen-Steinmetz 1986 at equal steps).
-    It only ever lowers a statistic, so no boundary is broken by it. Slow errors (autocorrelation) escape it.
+    The mean squared third difference up to the look, each in units of its own variance under `covariance` (K, K),
+    averaged with 12 looks' worth of 1 (difference-based, as in Hall, Kay & Titterington 1990, of an order to which a
+    parabola adds nothing). Slow errors (autocorrelation) escape it.
     """
     points, runs = values.shape
-    if points < 3:
+    if points < len(THIRD):
         return np.ones((points, runs))
-    weights = np.zeros((points - 2, points))
-    for shift, weight in enumerate((1.0, -2.0, 1.0)):
-        weights[np.arange(points - 2), np.arange(points - 2) + shift] = weight
-    variance = np.einsum("ij,jk,ik->i", weights, covariance, weights)
+    weights, variance = _third_differences(covariance)
     squares = np.minimum((weights @ values) ** 2 / variance[:, None], OUTLIER)
-    seen = np.arange(1, points - 1)[:, None]
+    seen = np.arange(1, len(weights) + 1)[:, None]
     scale = np.sqrt((PRIOR_LOOKS + np.cumsum(squares, 0)) / (PRIOR_LOOKS + seen))
-    return np.concatenate([np.ones((2, runs)), np.maximum(scale, 1)])
+    return np.concatenate([np.ones((len(THIRD) - 1, runs)), np.maximum(scale, 1)])
+
+
+def _third_differences(covariance: Array) -> tuple[Array, Array]:
+    """Return weights (K - 3, K) and variances (K - 3,) of the third differences of points with errors of (K, K)."""
+    count = len(covariance) - len(THIRD) + 1
+    weights = np.zeros((count, len(covariance)))
+    for shift, weight in enumerate(THIRD):
+        weights[np.arange(count), np.arange(count) + shift] = weight
+    return weights, np.sum(weights @ covariance * weights, 1)
