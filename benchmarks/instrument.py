@@ -21,12 +21,11 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import isotonic_regression, nnls
 
-from benchmarks.runs import Array, Cell, Shape, cells, measured_scores, near_ceiling, paired, quadratic
+from benchmarks.runs import WITHIN, Array, Cell, Shape, cells, measured_scores, near_ceiling, paired, quadratic
 from trainers.mismatch import scan
 from trainers.mismatch.alarm import MARGIN_SE, margin_by_look
 
 ALPHA, SEED, BOUNDARY_RUNS = 0.05, 20_240_601, 20_000
-WITHIN = 3
 PROMPTS = 400
 OTHERS = 3
 PLAIN_LATEST, PLAIN_LENGTHS = 4, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
@@ -239,7 +238,7 @@ def trade_off(points: int, bound: Bounds, runs: int) -> Iterator[str]:
     """Yield a table: what each margin lets through, and what it finds."""
     names = ("null heavy tails t(4)", "null SE understated 1.25", "null jitter 1 SE", "null AR(1) 0.8")
     names += tuple(f"{shape} middle drop {drop}" for shape in ("kink", "quadratic") for drop in (4, 5, 6))
-    found = {cell.name: (number, cell) for number, cell in enumerate(cells(points, WITHIN))}
+    found = {cell.name: (number, cell) for number, cell in enumerate(cells(points))}
     yield "| margin, SE | " + " | ".join(names) + " |"
     yield "|---" * (len(names) + 1) + "|"
     for margin in MARGINS:
@@ -253,7 +252,7 @@ def trade_off(points: int, bound: Bounds, runs: int) -> Iterator[str]:
 
 def table(points: int, runs: int, bound: Bounds) -> Iterator[Row]:
     """Yield every row for `points` evaluated versions."""
-    for number, cell in enumerate(cells(points, WITHIN)):
+    for number, cell in enumerate(cells(points)):
         yield measure(cell, bound, runs, (SEED, points, number))
     names = ("null paired prompts", "null near ceiling 0.97", "paired prompts: quadratic middle drop 6")
     for number, name in enumerate(names):

@@ -13,7 +13,7 @@ Errors = Callable[[np.random.Generator, int, int], Array]
 Shape = Callable[[Array], Array]  # of time since the peak; -1 at 3 evaluations after it
 
 DROPS = (4, 5, 6)
-SPAN = 3.0  # evaluations in which a fall falls by its drop
+WITHIN = 3  # evaluations in which a fall falls by its drop, and is to be found
 WALK = 0.5  # standard deviation of a random walk's steps
 MISSING = 5  # one evaluation of so many is
 PROMPT_CORRELATION = 0.7  # of one prompt's scores at two versions
@@ -91,12 +91,12 @@ def near_ceiling(rng: np.random.Generator, points: int, prompts: int) -> Array:
 
 def kink(time: Array) -> Array:
     """Rise, and fall three times as fast."""
-    return np.where(time < 0, time / 9, -time / SPAN)
+    return np.where(time < 0, time / 9, -time / WITHIN)
 
 
 def quadratic(time: Array) -> Array:
     """A parabola."""
-    return -((time / SPAN) ** 2)
+    return -((time / WITHIN) ** 2)
 
 
 def cliff(time: Array) -> Array:
@@ -106,12 +106,12 @@ def cliff(time: Array) -> Array:
 
 def hump(time: Array) -> Array:
     """A bell: it falls fast, then levels out."""
-    return (np.exp(-((time / SPAN) ** 2)) - 1) / (1 - np.exp(-1))
+    return (np.exp(-((time / WITHIN) ** 2)) - 1) / (1 - np.exp(-1))
 
 
 def plateau_then_quadratic(time: Array) -> Array:
     """Nothing, then a fall that grows."""
-    return -((np.maximum(time, 0) / SPAN) ** 2)
+    return -((np.maximum(time, 0) / WITHIN) ** 2)
 
 
 SHAPES: dict[str, Shape] = {
@@ -123,11 +123,11 @@ SHAPES: dict[str, Shape] = {
 }
 
 
-def cells(points: int, within: int) -> Iterator[Cell]:
-    """Yield the null families and the falls for `points` evaluated versions, found `within` so many evaluations."""
+def cells(points: int) -> Iterator[Cell]:
+    """Yield the null families and the falls for `points` evaluated versions."""
     yield from nulls(points)
     time = np.arange(points, dtype=np.float64)
-    for where, peak in (("first", 0), ("second", 1), ("middle", points // 2), ("late", points - 1 - within)):
+    for where, peak in (("first", 0), ("second", 1), ("middle", points // 2), ("late", points - 1 - WITHIN)):
         for drop in DROPS:
             for name, shape in SHAPES.items():
                 yield Cell(

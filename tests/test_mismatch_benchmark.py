@@ -9,7 +9,6 @@ from scipy.optimize import isotonic_regression
 
 from benchmarks.instrument import (
     ALPHA,
-    WITHIN,
     Bounds,
     bounds,
     distance,
@@ -20,7 +19,7 @@ from benchmarks.instrument import (
     several,
     write,
 )
-from benchmarks.runs import cells, measured_scores, near_ceiling, walking
+from benchmarks.runs import WITHIN, cells, measured_scores, near_ceiling, walking
 from trainers.mismatch.alarm import MARGIN_SE
 
 POINTS, RUNS = 10, 2_000
@@ -41,7 +40,7 @@ def most(rate: float) -> float:
 
 @pytest.mark.parametrize("points", [10, 20])
 def test_nulls_never_fall_and_falls_have_the_drop_of_their_name(points: int) -> None:
-    found = list(cells(points, WITHIN))
+    found = list(cells(points))
     assert len({cell.name for cell in found}) == len(found)
     for cell in found:
         below = np.maximum.accumulate(cell.truth) - cell.truth
@@ -96,7 +95,7 @@ def test_holm_steps_down() -> None:
 
 
 def test_a_fast_part_of_the_nulls(bound: Bounds) -> None:
-    by_name = {cell.name: (number, cell) for number, cell in enumerate(cells(POINTS, WITHIN))}
+    by_name = {cell.name: (number, cell) for number, cell in enumerate(cells(POINTS))}
     for name in (*NULLS, *WITHIN_MARGIN, "heavy tails t(4)", *ROBUST):
         number, cell = by_name[f"null {name}"]
         row = measure(cell, bound, RUNS, [0, number])
@@ -110,7 +109,7 @@ def test_a_fast_part_of_the_nulls(bound: Bounds) -> None:
 
 @pytest.mark.parametrize(("drop", "goal"), [(6, 0.95), (5, 0.85), (4, 0.6)])
 def test_a_fast_part_of_the_falls(drop: int, goal: float, bound: Bounds) -> None:
-    by_name = {cell.name: (number, cell) for number, cell in enumerate(cells(POINTS, WITHIN))}
+    by_name = {cell.name: (number, cell) for number, cell in enumerate(cells(POINTS))}
     for shape in ("kink", "quadratic"):
         number, cell = by_name[f"{shape} middle drop {drop}"]
         row = measure(cell, bound, RUNS, [0, number])
@@ -134,7 +133,7 @@ def test_estimated_covariances_and_several_evaluations(bound: Bounds) -> None:
 
 
 def test_rows_are_written(bound: Bounds, tmp_path: Path) -> None:
-    row = measure(next(cells(POINTS, WITHIN)), bound, 20, [0])
+    row = measure(next(cells(POINTS)), bound, 20, [0])
     write([row], tmp_path / "rows.csv")
     write([row], tmp_path / "rows.json")
     head, values = (tmp_path / "rows.csv").read_text().splitlines()
