@@ -21,9 +21,10 @@ import numpy as np
 from scipy import stats
 from scipy.optimize import isotonic_regression, nnls
 
-from benchmarks.runs import WITHIN, Array, Cell, Shape, cells, measured_scores, near_ceiling, paired, quadratic
+from benchmarks.runs import WITHIN, Cell, Shape, cells, measured_scores, near_ceiling, paired, quadratic
 from trainers.mismatch import scan
 from trainers.mismatch.alarm import MARGIN_SE, margin_by_look
+from trainers.mismatch.series import Array
 
 ALPHA, SEED, BOUNDARY_RUNS = 0.05, 20_240_601, 20_000
 PROMPTS = 400
@@ -97,8 +98,9 @@ def measure(cell: Cell, bound: Bounds, runs: int, seed: Sequence[int]) -> Row:
     """Simulate one cell of independent errors, stated as 1."""
     points = len(cell.truth)
     paths = cell.truth[:, None] + cell.errors(np.random.default_rng(seed), points, runs)
-    default = scan.path_maxima(paths, np.eye(points), margin_by_look(np.eye(points), None))
-    zero = None if cell.within_margin else scan.path_maxima(paths, np.eye(points))
+    errors, margins = np.eye(points), margin_by_look(np.eye(points), None)
+    default = scan.path_maxima(paths, errors, margins, versions=cell.versions)
+    zero = None if cell.within_margin else scan.path_maxima(paths, errors, versions=cell.versions)
     plain = None if cell.within_margin else plain_maxima(paths)
     return Row(
         cell=cell.name,

@@ -4,11 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from trainers.mismatch.alarm import MARGIN_SE
+from trainers.mismatch.series import Array, Integers
 
-Array = NDArray[np.float64]
 Errors = Callable[[np.random.Generator, int, int], Array]
 Shape = Callable[[Array], Array]  # of time since the peak; -1 at 3 evaluations after it
 
@@ -30,7 +29,8 @@ class Cell:
     shape: Shape | None = None  # of a fall that drops within 3 evaluations
     within_margin: bool = False  # the truth falls, by no more than the default margin
     to_the_end: bool = False  # the fall may be found until the run ends
-    planned: int | None = None  # evaluations, where some are missing
+    versions: Integers | None = None  # (K,) where some are missing
+    planned: int | None = None  # evaluations, the missing ones included
 
 
 def independent(sd: float) -> Errors:
@@ -146,14 +146,14 @@ def cells(points: int) -> Iterator[Cell]:
 
 def missing(points: int) -> Cell:
     """A quadratic fall of 6 of which every fifth evaluation was not measured; the peak was."""
-    time = np.arange(points, dtype=np.float64)
-    kept = time % MISSING != (points // 2 + 2) % MISSING
-    peak = int(np.sum(kept[: points // 2]))
+    time = np.arange(points)
+    kept = time[time % MISSING != (points // 2 + 2) % MISSING]
     return Cell(
         name="quadratic middle drop 6, each 5th missing",
-        truth=6 * quadratic(time[kept] - points // 2),
+        truth=6 * quadratic(kept - float(points // 2)),
         errors=independent(1.0),
-        peak=peak,
+        peak=int(np.sum(kept < points // 2)),
+        versions=kept,
         planned=points,
     )
 

@@ -78,8 +78,11 @@ def test_one_evaluation_is_no_fall_and_a_lasting_one_is_seen_in_full() -> None:
 
 def test_noise_scale_is_that_of_third_differences_and_passes_over_a_parabola() -> None:
     covariance, time = np.diag([1.0, 2.0, 1.0, 4.0, 1.0]), np.arange(5.0)
-    parabola = scan.noise_scale((3 * time - time**2)[:, None], covariance)
-    np.testing.assert_allclose(parabola, 1)
+    np.testing.assert_allclose(scan.noise_scale((3 * time - time**2)[:, None], covariance), 1)
+    versions = np.array([0, 10, 40, 50, 90])
+    apart = (30 * versions - versions.astype(np.float64) ** 2)[:, None]
+    np.testing.assert_allclose(scan.noise_scale(apart, covariance, versions), 1)
+    assert scan.noise_scale(apart, covariance)[-1] > 1.5
     values = np.array([0.0, 0.0, 0.0, 6.0, 0.0])
     first, second = 6.0**2 / (1 + 9 * 2 + 9 * 1 + 4), 18.0**2 / (2 + 9 * 1 + 9 * 4 + 1)
     expected = [np.sqrt(max(1, (12 + first) / 13)), np.sqrt((12 + first + second) / 14)]

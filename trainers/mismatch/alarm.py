@@ -163,7 +163,7 @@ def _prepare(curve: Curve, settings: Settings) -> _Scanned | Alarm:
         )
     covariance = scan.floored(curve.covariance)
     margins = margin_by_look(covariance, settings.margin)
-    scale = scan.noise_scale(curve.mean[:, None], covariance)[:, 0]
+    scale = scan.noise_scale(curve.mean[:, None], covariance, curve.versions)[:, 0]
     values = scan.winsorised(curve.mean[:, None], covariance)[:, 0]
     best: list[tuple[Crossing, ...]] = [()]
     for look in range(1, points):
@@ -171,7 +171,7 @@ def _prepare(curve: Curve, settings: Settings) -> _Scanned | Alarm:
         z = (found.weights @ values[: look + 1] - margins[look]) / (found.sd * scale[look]) - found.handicap
         tops = [int(np.argmax(np.where(found.latest == m, z, -np.inf))) for m in np.unique(found.latest)]
         best.append(tuple(_crossing(float(z[i]), found, i, curve.mean) for i in tops))
-    maxima = scan.null_maxima(covariance, settings.runs, settings.seed)
+    maxima = scan.null_maxima(covariance, settings.runs, settings.seed, curve.versions)
     return _Scanned(curve=curve, covariance=covariance, margins=margins, scale=scale, best=tuple(best), maxima=maxima)
 
 

@@ -37,7 +37,7 @@ HALF_SPENT = 10  # looks after which half of alpha is spent, when their number i
 DIAGONAL_FLOOR = 0.5  # of the median standard error so far
 CONTRAST_FLOOR = 0.05  # of the standard error of the same contrast, were the versions independent
 PRIOR_LOOKS = 12  # weight of the stated standard errors against the ones seen in third differences
-THIRD = np.array([-1.0, 3.0, -3.0, 1.0])
+ORDER = 3  # of those differences
 OUTLIER = 16.0  # a squared standardised third difference counts as at most this
 TINY = 1e-12  # of a weight that is 0 but for rounding
 CHUNK = 2_000  # simulated runs at a time: they stay in the processor's cache
@@ -147,19 +147,27 @@ def null_paths(covariance: Array, runs: int, seed: int) -> Array:
     return np.asarray(root @ np.stack([np.random.default_rng([seed, t]).standard_normal(runs) for t in range(points)]))
 
 
-def null_maxima(covariance: Array, runs: int, seed: int) -> Runs:
+def null_maxima(covariance: Array, runs: int, seed: int, versions: Integers | None = None) -> Runs:
     """Simulate the scan's maximum at each look, (K, runs), on a constant path with errors of `covariance` (K, K).
 
-    Row t depends on the first t + 1 points only, so that a boundary does not move when points are added.
+    `versions` (K,) of the points; none: at equal distances. Row t depends on the first t + 1 points only, so that a
+    boundary does not move when points are added.
     """
-    return path_maxima(null_paths(covariance, runs, seed), covariance)
+    return path_maxima(null_paths(covariance, runs, seed), covariance, versions=versions)
 
 
-def path_maxima(paths: Array, covariance: Array, margins: Array | None = None, *, last_only: bool = False) -> Runs:
+def path_maxima(
+    paths: Array,
+    covariance: Array,
+    margins: Array | None = None,
+    *,
+    versions: Integers | None = None,
+    last_only: bool = False,
+) -> Runs:
     """Return the scan's maximum at each look (K, S) of S series (K, S), errors of `covariance` (K, K).
 
-    `margins` (K,) by look, in the evaluation's unit; none: 0. Row 0 is minus infinity: one point has nothing to be
-    compared with; with `last_only` so are all rows but the last.
+    `margins` (K,) by look, in the evaluation's unit; none: 0. `versions` (K,) of the points; none: at equal distances.
+    Row 0 is minus infinity: one point has nothing to be compared with; with `last_only` so are all rows but the last.
     """
     points, runs = paths.shape
     unit = float(np.sqrt(covariance.trace() / points))
@@ -168,7 +176,7 @@ def path_maxima(paths: Array, covariance: Array, margins: Array | None = None, *
     maxima = np.full((points, runs), -np.inf, np.float32)
     for first in range(0, runs, CHUNK):
         part = slice(first, first + CHUNK)
-        scale = noise_scale(paths[:, part], covariance).astype(np.float32)
+        scale = noise_scale(paths[:, part], covariance, versions).astype(np.float32)
         values = (winsorised(paths[:, part], covariance) - paths[0, part]) / unit
         values = values.astype(np.float32)
         for at in looks:
@@ -206,27 +214,25 @@ def for_prompts(bound: Array, prompts: int | None) -> Array:
     return np.asarray(stats.t.isf(stats.norm.sf(bound), prompts - 1))
 
 
-def noise_scale(values: Array, covariance: Array) -> Array:
+def noise_scale(values: Array, covariance: Array, versions: Integers | None = None) -> Array:
     """Return by how much, at least 1, series (K, S) show their standard errors to be understated, at each look (K, S).
 
-    The mean squared third difference up to the look, each in units of its own variance under `covariance` (K, K),
-    averaged with 12 looks' worth of 1 (difference-based, as in Hall, Kay & Titterington 1990, of an order to which a
-    parabola adds nothing). Slow errors (autocorrelation) escape it.
+    The mean squared third divided difference up to the look, each in units of its own variance under `covariance`
+    (K, K), averaged with 12 looks' worth of 1 (difference-based, as in Hall, Kay & Titterington 1990, of an order to
+    which a parabola adds nothing). `versions` (K,) of the points; none: at equal distances. Slow errors
+    (autocorrelation) escape it.
     """
     points, runs = values.shape
-    if points < len(THIRD):
+    if points <= ORDER:
         return np.ones((points, runs))
-    weights, variance = _third_differences(covariance)
+    time = np.arange(points, dtype=np.float64) if versions is None else versions / np.median(np.diff(versions))
+    weights = np.zeros((points - ORDER, points))
+    for row in range(points - ORDER):
+        window = time[row : row + ORDER + 1]
+        apart = window[:, None] - window + np.eye(ORDER + 1)
+        weights[row, row : row + ORDER + 1] = 1 / apart.prod(1)
+    variance = np.sum(weights @ covariance * weights, 1)
     squares = np.minimum((weights @ values) ** 2 / variance[:, None], OUTLIER)
     seen = np.arange(1, len(weights) + 1)[:, None]
     scale = np.sqrt((PRIOR_LOOKS + np.cumsum(squares, 0)) / (PRIOR_LOOKS + seen))
-    return np.concatenate([np.ones((len(THIRD) - 1, runs)), np.maximum(scale, 1)])
-
-
-def _third_differences(covariance: Array) -> tuple[Array, Array]:
-    """Return weights (K - 3, K) and variances (K - 3,) of the third differences of points with errors of (K, K)."""
-    count = len(covariance) - len(THIRD) + 1
-    weights = np.zeros((count, len(covariance)))
-    for shift, weight in enumerate(THIRD):
-        weights[np.arange(count), np.arange(count) + shift] = weight
-    return weights, np.sum(weights @ covariance * weights, 1)
+    return np.concatenate([np.ones((ORDER, runs)), np.maximum(scale, 1)])
