@@ -55,6 +55,18 @@ def test_no_contrast_is_positive_on_a_rising_path(look: int) -> None:
         assert weights[-latest:].max() < 0
 
 
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 10_000), margin=st.floats(0, 3), steep=st.floats(0, 5))
+def test_no_path_within_the_null_beats_a_constant_one(seed: int, margin: float, steep: float) -> None:
+    rng = np.random.default_rng(seed)
+    errors = 2 * rng.standard_normal((12, 1))
+    path = np.cumsum(steep * rng.exponential(size=(12, 1)), 0) - margin * rng.random((12, 1))
+    flat, risen = (scan.winsorised(values, np.eye(12)) for values in (errors, path + errors))
+    for look in range(1, 12):
+        weights = scan.contrasts(np.eye(12), look).weights
+        assert np.all(weights @ risen[: look + 1] - margin <= weights @ flat[: look + 1] + 1e-9)
+
+
 def test_simulated_maxima_are_those_of_the_contrasts() -> None:
     rng = np.random.default_rng(5)
     root = rng.normal(size=(POINTS, POINTS)) + 3 * np.eye(POINTS)

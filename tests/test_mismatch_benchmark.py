@@ -1,6 +1,7 @@
 """The truths that benchmarks.instrument simulates are what their names say; a fast part of it keeps its goals."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from benchmarks.instrument import (
     measure,
     plain_maxima,
     several,
+    summary,
     write,
 )
 from benchmarks.runs import WITHIN, cells, measured_scores, near_ceiling, walking
@@ -88,10 +90,9 @@ def test_the_distance_to_the_null_is_that_of_isotonic_regression_and_shrinks_by_
 
 
 def test_holm_steps_down() -> None:
-    by_run = [[1, 1, 1], [0, 0, 1], [0, 1, 1], [0, 0, 0]]  # rejected at alpha / 3, alpha / 2, alpha, one evaluation
-    rejected = np.array([[[run[step]] * 1 for run in by_run] for step in range(3)])[:, None, :, 0]
-    rejected = np.concatenate([rejected, np.zeros_like(rejected), np.zeros_like(rejected)], 1)
-    assert holm(rejected).tolist() == [1, 0, 0, 0]
+    smallest = np.array([[0.01, 0.02, 0.2], [0.01, 0.03, 0.04], [0.02, 0.03, 0.04], [0.01, 0.01, 0.04]])  # p by run
+    rejected = np.stack([smallest.T <= ALPHA / left for left in (3, 2, 1)])
+    assert holm(rejected).tolist() == [2, 1, 0, 2]
 
 
 def test_a_fast_part_of_the_nulls(bound: Bounds) -> None:
@@ -132,7 +133,7 @@ def test_estimated_covariances_and_several_evaluations(bound: Bounds) -> None:
     assert max(primary.zero_known, others.zero_known) <= ALPHA + slack and falling.zero_known >= 0.9
 
 
-def test_rows_are_written(bound: Bounds, tmp_path: Path) -> None:
+def test_rows_are_written_and_a_missed_goal_has_a_star(bound: Bounds, tmp_path: Path) -> None:
     row = measure(next(cells(POINTS)), bound, 20, [0])
     write([row], tmp_path / "rows.csv")
     write([row], tmp_path / "rows.json")
@@ -140,3 +141,9 @@ def test_rows_are_written(bound: Bounds, tmp_path: Path) -> None:
     (read,) = json.loads((tmp_path / "rows.json").read_text())
     assert head.split(",")[:3] == ["cell", "points", "runs"] and values.startswith("null flat,10,20,")
     assert read["zero_known"] == row.zero_known and read["knows_all"] is None
+    shares = {"plain": 0.5, "zero_known": 0.07, "zero_unknown": 0.05, "default_known": 0.11, "default_unknown": 0.0}
+    for cell, stars in (("null flat", ".070* .050 .110*"), ("null jitter 1 SE", ".070 .050 .110*")):
+        (said,) = list(summary([replace(row, cell=cell, **shares)]))[2:]
+        assert said.split(" | ")[1:5] == [".500", *stars.split()]
+    (said,) = list(summary([replace(row, cell="kink late drop 4", **{**shares, "default_known": 0.61})]))[2:]
+    assert said.split(" | ")[2:6] == [".070*", ".050*", ".610", ".000*"]
