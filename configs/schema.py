@@ -270,7 +270,7 @@ class AlarmConfig(Section):
     alpha: float = Field(0.05, ge=0.005, lt=1)
     """False alarms per run."""
     margin: float | None = Field(None, ge=0)
-    """A drop that does not matter, in the primary evaluation's unit; null: 0.6 of its standard error."""
+    """A drop that does not matter, in the primary evaluation's unit; null: 0.7 of its standard error."""
     action: Literal["report", "stop", "raise_kl"] = "report"
     """What is done once the primary evaluation is found to have fallen. stop: end as on SIGTERM, with a checkpoint;
     raise_kl: multiply the KL coefficient by kl_factor, and again only after the evaluation had recovered."""
