@@ -79,7 +79,8 @@ def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Estim
     The estimand: slope of the reward's changes on those of the length between consecutive versions, beyond the mean
     change of each, times the rise of the length, over the rise of the reward. The common drift is left out since
     whatever else rose would count as length; where little but drift is left, nothing is said: give per-prompt lengths
-    to `length_share_of_prompts`. The interval is Student's t of the slope, the two rises taken as they are.
+    to `length_share_of_prompts`. The interval is Student's t of the slope, with the errors of the two rises added
+    (delta method).
     """
     reward = series.reward
     joint = np.intersect1d(reward.versions, length.versions)
@@ -107,14 +108,18 @@ def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Estim
         )
     slope = float(moves @ changes) / (size - error)
     spread = float(np.sqrt(np.sum((changes - slope * moves) ** 2) / (n - 3) / (size - error)))
-    half = float(stats.t.ppf((1 + level) / 2, n - 3)) * spread
-    edges = sorted(factor * drift / rise for factor in (slope - half, slope + half))
+    ends = np.eye(n)[-1:] - np.eye(n)[:1]
+    rises = float(_errors(length.at(joint), ends)[0, 0]), float(se[0, 0])
+    value = slope * drift / rise
+    of_rises = (slope / rise) ** 2 * rises[0] + (value / rise) ** 2 * rises[1]
+    sd = float(np.sqrt((spread * drift / rise) ** 2 + of_rises))
+    half = float(stats.t.ppf((1 + level) / 2, n - 3)) * sd
     return Estimate(
         name=name,
         estimand=estimand,
-        value=slope * drift / rise,
-        low=float(edges[0]),
-        high=float(edges[1]),
+        value=value,
+        low=value - half,
+        high=value + half,
         level=level,
         n=n,
         not_enough=None,

@@ -10,13 +10,20 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from scipy import stats
+from numpy.typing import NDArray
+from scipy import special, stats
 
 from configs.errors import UserError
 from trainers.mismatch import paths
 from trainers.mismatch.series import Array, Curve, Integers, Series
 
 Answer = Literal["interval", "at least", "at most", "not identified"]
+ANSWERS: dict[tuple[bool, bool], Answer] = {  # by whether there is a lower and an upper side
+    (True, True): "interval",
+    (True, False): "at least",
+    (False, True): "at most",
+    (False, False): "not identified",
+}
 
 CORE = 0.8  # the share of draws whose width decides whether a forecast is identified
 WIDE = 2.0  # times what the curve has moved so far: wider is not identified
@@ -62,6 +69,28 @@ class Forecast:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Gains:
+    """What R runs can still gain, in the evaluation's unit, before it is asked what of it is worth saying."""
+
+    low: Array  # (R,)
+    high: Array
+    smooth: tuple[Array, Array]  # the same, were there no break that no curve announces
+    moved: Array  # (R,) what the curve has moved so far
+    weights: dict[str, Array]  # by model (R,)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outlook:
+    """Forecasts of R runs at m evaluations to come, in the evaluation's unit."""
+
+    draws: Array  # (R, m, S) sorted
+    low: Array  # (R, m)
+    high: Array
+    smooth: tuple[Array, Array]  # the same, were there no break that no curve announces
+    identified: NDArray[np.bool_]  # (R, m)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Measured:
     """The primary evaluation at the n versions that have a distance from the base."""
 
@@ -99,14 +128,11 @@ def headroom_within(
     reason = _not_enough(measured) or _no_future(measured, kl, version)
     if reason:
         return _nothing(measured, estimand, level, reason)
-    seen = paths.standardise(curve, measured.distance)
-    x, steps = _to_budget(measured, seen, kl, version, draws, seed)
-    drawn = paths.draw_paths(seen, x, steps, seed)
-    best = drawn.seen.max(1)
-    gains, smooth = (np.maximum(values.max(1) - best, 0) for values in (drawn.ahead, drawn.smooth))
-    low, high = _quantiles(gains, level)
-    smooth_low, smooth_high = _quantiles(smooth, level)
-    answer, reason = _answer(low, high, seen.swing)
+    seen = _standardised(measured)
+    x, steps = _to_budget(measured, seen, kl, version)
+    found = gains(seen, x, steps, level=level, draws=draws, seed=seed)
+    low, high, smooth_low, smooth_high = (float(one[0]) for one in (found.low, found.high, *found.smooth))
+    answer = answers(found.low, found.high, found.moved)[0]
     return Headroom(
         evaluation=curve.name,
         estimand=estimand,
@@ -116,11 +142,22 @@ def headroom_within(
         level=level,
         smooth_low=smooth_low,
         smooth_high=smooth_high,
-        weights=drawn.weights,
+        weights=tuple((name, float(weight[0])) for name, weight in found.weights.items()),
         laws=_laws(measured),
         axis=measured.axis,
-        reason=reason,
+        reason=_why(answer),
         notes=measured.notes,
+    )
+
+
+def gains(seen: paths.Seen, x: Array, steps: Array, *, level: float, draws: int, seed: int) -> Gains:
+    """Return what R runs can still gain at the evaluations `steps` (m,) after the last, at distances `x` (k, m)."""
+    drawn = paths.draw_paths(seen, x, steps, draws, seed)
+    best = drawn.seen.max(2)
+    ahead, smooth = (np.maximum(values.max(2) - best, 0) for values in (drawn.ahead, drawn.smooth))
+    low, high = _quantiles(ahead, level)
+    return Gains(
+        low=low, high=high, smooth=_quantiles(smooth, level), moved=seen.swing * seen.unit, weights=drawn.weights
     )
 
 
@@ -144,43 +181,53 @@ def forecast(
     curve = measured.curve
     reason = _not_enough(measured)
     gap = float(np.median(np.diff(curve.versions))) if len(curve.versions) > 1 else 1.0
-    drawn = seen = None
+    found = None
     if reason is None:
-        seen = paths.standardise(curve, measured.distance)
+        seen = _standardised(measured)
         steps = np.arange(1, max(ahead) + 1, dtype=np.float64)
-        drawn = paths.draw_paths(seen, _onward(seen, steps, draws, seed), steps, seed)
+        found = outlook(seen, onward(seen, steps), steps, level=level, draws=draws, seed=seed)
     out = []
     for horizon in ahead:
-        why, values, smooth = reason, np.zeros(0), np.zeros(0)
-        if drawn is not None and seen is not None:
-            values, smooth = np.sort(drawn.ahead[:, horizon - 1]), drawn.smooth[:, horizon - 1]
-            low, high = _quantiles(smooth, CORE)
-            if high - low > WIDE * seen.swing:
-                why, values = (
-                    f"{CORE:.0%} of the draws span more than twice what the curve has moved so far",
-                    values[:0],
-                )
+        why, values = reason, np.zeros(0)
+        numbers: tuple[float | None, ...] = (None,) * 5
+        if found is not None and not found.identified[0, horizon - 1]:
+            why = f"{CORE:.0%} of the draws span more than twice what the curve has moved so far"
+        elif found is not None:
+            values = found.draws[0, horizon - 1]
+            each = (found.low, found.high, *found.smooth)
+            numbers = (float(np.median(values)), *(float(one[0, horizon - 1]) for one in each))
         at = round(float(curve.versions[-1]) + gap * horizon) if len(curve.versions) else 0
-        out.append(_forecast(curve, horizon, at, values, smooth, level, why))
+        out.append(_forecast(curve, horizon, at, numbers, values, level, why))
     return tuple(out)
 
 
-def crps(draws: Array, truth: float) -> float:
-    """Continuous ranked probability score of draws (S,) against the truth, in their unit; less is better.
+def outlook(seen: paths.Seen, x: Array, steps: Array, *, level: float, draws: int, seed: int) -> Outlook:
+    """Forecast R runs at the evaluations `steps` (m,) after the last, at distances `x` (k, m)."""
+    drawn = paths.draw_paths(seen, x, steps, draws, seed)
+    low, high = _quantiles(drawn.ahead.swapaxes(1, 2), level)
+    smooth = np.sort(drawn.smooth.swapaxes(1, 2), axis=-1)
+    core = np.diff(_quantiles(smooth, CORE), axis=0)[0]
+    identified = core <= WIDE * (seen.swing * seen.unit)[:, None]
+    return Outlook(draws=smooth, low=low, high=high, smooth=_quantiles(smooth, level), identified=identified)
 
-    E|X - y| - E|X - X'| / 2 over the draws as they are (Gneiting & Raftery 2007, eq. 21).
+
+def crps(draws: Array, truth: Array | float) -> Array:
+    """Continuous ranked probability score (...) of draws (..., S) against the truth (...); less is better.
+
+    In their unit: E|X - y| - E|X - X'| / 2 over the draws as they are (Gneiting & Raftery 2007, eq. 21).
     """
-    ordered, count = np.sort(draws), len(draws)
+    ordered, count = np.sort(draws, -1), draws.shape[-1]
     ranks = 2 * np.arange(1, count + 1) - count - 1
-    return float(np.mean(np.abs(ordered - truth)) - ranks @ ordered / count**2)
+    off = np.abs(ordered - np.asarray(truth)[..., None]).mean(-1)
+    return np.asarray(off - ordered @ ranks / count**2)
 
 
-def crps_normal(mean: float, sd: float, truth: float) -> float:
-    """Continuous ranked probability score of a normal forecast; its limit |mean - truth| for `sd` 0 (ibid., eq. 5)."""
-    if sd == 0:
-        return abs(mean - truth)
-    z = (truth - mean) / sd
-    return float(sd * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi)))
+def crps_normal(mean: Array | float, sd: Array | float, truth: Array | float) -> Array:
+    """Continuous ranked probability score of normal forecasts; its limit |mean - truth| for `sd` 0 (ibid., eq. 5)."""
+    off, positive = np.asarray(truth) - mean, np.asarray(sd) > 0
+    z = off / np.where(positive, sd, 1)
+    score = sd * (z * (2 * special.ndtr(z) - 1) + 2 * stats.norm.pdf(z) - 1 / np.sqrt(np.pi))
+    return np.asarray(np.where(positive, score, np.abs(off)))
 
 
 def _measured(series: Series) -> _Measured:
@@ -227,20 +274,23 @@ def _no_future(measured: _Measured, kl: float | None, version: int | None) -> st
     return None if kl is not None and kl > last_kl else f"the budget, a KL of {kl:g}, is spent: it is {last_kl:g} now"
 
 
-def _to_budget(
-    measured: _Measured, seen: paths.Seen, kl: float | None, version: int | None, draws: int, seed: int
-) -> tuple[Array, Array]:
-    """Return x (S, m) and steps (m,) of the evaluations from now to the budget."""
+def _standardised(measured: _Measured) -> paths.Seen:
+    curve = measured.curve
+    return paths.standardise(curve.mean[None], paths.errors_of(curve), curve.versions, measured.distance)
+
+
+def _to_budget(measured: _Measured, seen: paths.Seen, kl: float | None, version: int | None) -> tuple[Array, Array]:
+    """Return x (k, m) and steps (m,) of the evaluations from now to the budget."""
     if version is not None:
         gap = float(np.median(np.diff(measured.curve.versions)))
         far = (version - float(measured.curve.versions[-1])) / gap
         steps = _grid(far)
-        return _onward(seen, steps, draws, seed), steps
+        return onward(seen, steps), steps
     assert kl is not None
     rates = _rates(seen)
     rate = float(np.median(rates)) or float(seen.x.max() / seen.steps[-1])
     steps = _grid((np.sqrt(kl) / seen.length - float(seen.x[-1])) / rate)
-    return np.tile(seen.x[-1] + rate * steps, (draws, 1)), steps
+    return np.asarray(seen.x[-1] + rate * steps)[None], steps
 
 
 def _grid(far: float) -> Array:
@@ -256,24 +306,27 @@ def _rates(seen: paths.Seen) -> Array:
     return np.asarray(np.maximum(rates, 0))
 
 
-def _onward(seen: paths.Seen, steps: Array, draws: int, seed: int) -> Array:
-    """Draw x (S, m), `steps` (m,) after the last version: on at one of the rates seen."""
-    rate = np.random.default_rng([seed, 1]).choice(_rates(seen), draws)
-    return np.asarray(seen.x[-1] + rate[:, None] * steps)
+def onward(seen: paths.Seen, steps: Array) -> Array:
+    """Return x (k, m), `steps` (m,) after the last version, at one of k rates that were seen."""
+    rates = np.unique(np.round(np.quantile(_rates(seen), [1 / 6, 1 / 2, 5 / 6]), 9))
+    return np.asarray(seen.x[-1] + rates[:, None] * steps)
 
 
-def _quantiles(values: Array, level: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+def _quantiles(values: Array, level: float) -> tuple[Array, Array]:
+    """Along the last axis."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], axis=-1)
+    return low, high
 
 
-def _answer(low: float, high: float, swing: float) -> tuple[Answer, str | None]:
+def answers(low: Array, high: Array, moved: Array) -> list[Answer]:
+    """Return what of the gains between `low` and `high` (R,) is worth saying of curves that `moved` (R,) so far."""
+    return [ANSWERS[bool(a), bool(b)] for a, b in zip(low > 0, high <= WIDE * moved, strict=True)]
+
+
+def _why(answer: Answer) -> str | None:
+    none = "no gain at all cannot be excluded"
     wide = "more than twice what the curve has moved so far cannot be excluded"
-    if low > 0:
-        return ("interval", None) if high <= WIDE * swing else ("at least", wide)
-    if high <= WIDE * swing:
-        return "at most", "no gain at all cannot be excluded"
-    return "not identified", f"no gain at all cannot be excluded, and {wide}"
+    return {"interval": None, "at least": wide, "at most": none, "not identified": f"{none}, and {wide}"}[answer]
 
 
 def _laws(measured: _Measured) -> tuple[paths.Law, ...]:
@@ -303,17 +356,22 @@ def _nothing(measured: _Measured, estimand: str, level: float, reason: str) -> H
 
 
 def _forecast(
-    curve: Curve, ahead: int, version: int, values: Array, smooth: Array, level: float, why: str | None
+    curve: Curve,
+    ahead: int,
+    version: int,
+    numbers: tuple[float | None, ...],
+    values: Array,
+    level: float,
+    why: str | None,
 ) -> Forecast:
-    low, high = (None, None) if why else _quantiles(values, level)
-    smooth_low, smooth_high = (None, None) if why else _quantiles(smooth, level)
+    median, low, high, smooth_low, smooth_high = numbers
     se = curve.se
     return Forecast(
         evaluation=curve.name,
         estimand=f"the true {curve.name} at version {version}, {ahead} evaluations after the last measured one",
         ahead=ahead,
         version=version,
-        median=None if why else float(np.median(values)),
+        median=median,
         low=low,
         high=high,
         level=level,
