@@ -156,6 +156,9 @@ def test_few_prompts_and_a_kl_that_stands_still_are_survived() -> None:
     scores = BON[:, None] + np.random.default_rng(5).normal(0, 0.2, (POINTS, 8))
     few = from_scores("gold", VERSIONS, scores)  # its covariance has no inverse
     assert np.linalg.matrix_rank(few.covariance) < POINTS
+    fewer = from_scores("gold", VERSIONS, scores[:, :5])
+    one = Series(reward=from_means("reward", VERSIONS, D.tolist(), None), evaluations=(fewer,))
+    assert "5 prompts" in str(headroom_within(one, version=120).reason)
     for kl in (None, from_means("kl", VERSIONS, [0.5] * POINTS, None)):
         one = Series(reward=from_means("reward", VERSIONS, D.tolist(), None), evaluations=(few,), kl=kl)
         found = headroom_within(one, version=120, draws=200)

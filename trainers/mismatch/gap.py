@@ -33,8 +33,8 @@ def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 1_000, s
     The estimand: the least-squares slope, through the base, of the true gains of the evaluation on those of the reward,
     each in units of the root mean square of its own gains: 1, the two gain in step; 0, what the reward gains brings
     nothing; below 0, it costs. (Their uncentred correlation.) What the errors add to products and squares is taken
-    away; the interval spans the percentile and the basic one of a parametric bootstrap of the errors (Davison & Hinkley
-    1997, ch. 5).
+    away; the interval spans the percentile and the basic one of a parametric bootstrap of the errors, at the level at
+    which it covers in a second bootstrap (Davison & Hinkley 1997, ch. 5): near 1 and -1 it would cover too little.
     """
     reward, gold = series.reward, series.primary
     joint = np.intersect1d(reward.versions, gold.versions)
@@ -60,13 +60,14 @@ def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 1_000, s
             return _nothing(name, estimand, level, n, f"not enough: {share:.0%} of the gains of {curve.name} is error")
     noise = [float(np.trace(error)) for error in errors]
     rng = np.random.default_rng(seed)
-    drawn = [gain + rng.standard_normal((draws, n - 1)) @ _root(e).T for gain, e in zip(gains, errors, strict=True)]
-    value = float(_through_base(gains[0][None], gains[1][None], (noise[0], noise[1]))[0])
-    again = _through_base(drawn[0], drawn[1], (2 * noise[0], 2 * noise[1]))  # a draw has the errors twice
+    x, y = (rng.standard_normal((draws, n - 1)) @ _root(error) for error in errors)
+    value = float(_through_base(gains[0], gains[1], (noise[0], noise[1])))
+    again = _through_base(gains[0] + x, gains[1] + y, (2 * noise[0], 2 * noise[1]))  # a draw has the errors twice
     kept = again[np.isfinite(again)]
     if len(kept) < 0.99 * draws:
         return _nothing(name, estimand, level, n, "not enough: the gains are not clearly larger than their errors")
-    first, last = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2])
+    tail = _calibrated((gains[0], gains[1]), (x, y), (noise[0], noise[1]), level)
+    first, last = np.quantile(kept, [tail, 1 - tail])
     edges = value, first, last, 2 * value - first, 2 * value - last  # percentile and basic: one alone covers too little
     low, high = (float(np.clip(edge, -1, 1)) for edge in (min(edges), max(edges)))
     value = float(np.clip(value, -1, 1))
@@ -79,8 +80,8 @@ def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Estim
     The estimand: slope of the reward's changes on those of the length between consecutive versions, beyond the mean
     change of each, times the rise of the length, over the rise of the reward. The common drift is left out since
     whatever else rose would count as length; where little but drift is left, nothing is said: give per-prompt lengths
-    to `length_share_of_prompts`. The interval is Student's t of the slope, with the errors of the two rises added
-    (delta method).
+    to `length_share_of_prompts`. The interval is that of the delta method, with quantiles of
+    Student's t; where an error is not known, what the slope leaves unexplained counts as error.
     """
     reward = series.reward
     joint = np.intersect1d(reward.versions, length.versions)
@@ -106,14 +107,15 @@ def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Estim
         return _nothing(
             name, estimand, level, n, f"not enough: {length.name} moved too evenly to be told from the drift"
         )
-    slope = float(moves @ changes) / (size - error)
-    spread = float(np.sqrt(np.sum((changes - slope * moves) ** 2) / (n - 3) / (size - error)))
-    ends = np.eye(n)[-1:] - np.eye(n)[:1]
-    rises = float(_errors(length.at(joint), ends)[0, 0]), float(se[0, 0])
-    value = slope * drift / rise
-    of_rises = (slope / rise) ** 2 * rises[0] + (value / rise) ** 2 * rises[1]
-    sd = float(np.sqrt((spread * drift / rise) ** 2 + of_rises))
-    half = float(stats.t.ppf((1 + level) / 2, n - 3)) * sd
+    left = size - error
+    slope = float(moves @ changes) / left
+    value, ends = slope * drift / rise, np.eye(n)[-1:] - np.eye(n)[:1]
+    by_reward = drift / rise / left * moves @ centred - value / rise * ends
+    by_length = drift / rise / left * (changes - 2 * slope * moves) @ centred + slope / rise * ends
+    variance = float(_errors(reward.at(joint), by_reward)[0, 0] + _errors(length.at(joint), by_length)[0, 0])
+    if reward.covariance is None or length.covariance is None:
+        variance += float(np.sum((changes - slope * moves) ** 2) / (n - 3) / left) * (drift / rise) ** 2
+    half = float(stats.t.ppf((1 + level) / 2, n - 3) * np.sqrt(variance))
     return Estimate(
         name=name,
         estimand=estimand,
@@ -204,11 +206,36 @@ def _root(covariance: Array) -> Array:
 
 
 def _through_base(x: Array, y: Array, noise: tuple[float, float]) -> Array:
-    """Return sum x y / sqrt(sum x^2 sum y^2) (S,) of gains (S, n - 1), squares less their noise; NaN if negative."""
-    first, second = (x * x).sum(1) - noise[0], (y * y).sum(1) - noise[1]
+    """Return sum x y / sqrt(sum x^2 sum y^2) (...) of gains (..., n - 1), squares less their noise; NaN if negative."""
+    return _ratio((x * y).sum(-1), (x * x).sum(-1) - noise[0], (y * y).sum(-1) - noise[1])
+
+
+def _ratio(product: Array, first: Array, second: Array) -> Array:
     good = (first > 0) & (second > 0)
     root = np.sqrt(np.where(good, first, 1)) * np.sqrt(np.where(good, second, 1))
-    return np.asarray(np.where(good, (x * y).sum(1) / root, np.nan))
+    return np.asarray(np.where(good, product / root, np.nan))
+
+
+def _calibrated(
+    gains: tuple[Array, Array], errors: tuple[Array, Array], noise: tuple[float, float], level: float
+) -> float:
+    """Return the share to leave out on each side, at most (1 - level) / 2.
+
+    The measured gains (n - 1,) are the truth of a world in which runs are measured with the first half of the
+    errors (S, n - 1) and bootstrapped with the second. Of each run: the largest share at which its interval still
+    contains that truth; of these, the quantile at 1 - level.
+    """
+    (x, y), half = gains, len(errors[0]) // 2
+    true = float(_through_base(x, y, (0.0, 0.0)))
+    (u, v), (e, f) = ([x + errors[0][:half], y + errors[1][:half]], [one[half:] for one in errors])
+    value = _through_base(u, v, noise)[:, None]
+    product = (u * v).sum(1)[:, None] + u @ f.T + v @ e.T + (e * f).sum(1)
+    first, second = ((a * a).sum(1)[:, None] + 2 * a @ b.T + (b * b).sum(1) for a, b in ((u, e), (v, f)))
+    again = _ratio(product, first - 2 * noise[0], second - 2 * noise[1])
+    known = np.maximum(np.isfinite(again).sum(1), 1)
+    below, mirrored = ((again <= one).sum(1) / known for one in (true, 2 * value - true))
+    kept = np.minimum(np.maximum(below, 1 - mirrored), np.maximum(1 - below, mirrored))
+    return float(min((1 - level) / 2, np.quantile(kept, 1 - level)))
 
 
 def _nothing(name: str, estimand: str, level: float, n: int, why: str) -> Estimate:

@@ -27,6 +27,7 @@ ANSWERS: dict[tuple[bool, bool], Answer] = {  # by whether there is a lower and 
 
 CORE = 0.8  # the share of draws whose width decides whether a forecast is identified
 WIDE = 2.0  # times what the curve has moved so far: wider is not identified
+FEWEST_PROMPTS = 6  # behind a covariance: of fewer, standard errors are too unsure for intervals
 GRID = 60  # future evaluations that are drawn, at most
 
 
@@ -257,6 +258,8 @@ def _not_enough(measured: _Measured) -> str | None:
         return f"not enough: {points} evaluated versions, {paths.FEWEST} are needed"
     if curve.covariance is None:
         return f"not enough: no standard error; give {curve.name}_se or per-prompt scores"
+    if curve.prompts is not None and curve.prompts < FEWEST_PROMPTS:
+        return f"not enough: {curve.prompts} prompts, a standard error needs {FEWEST_PROMPTS}"
     if not np.any(np.diag(curve.covariance) > 0):
         return "not enough: all prompts score the same at every version, so no standard error is known"
     if np.ptp(curve.mean) <= 1e-12 * np.max(np.abs(curve.mean)):
