@@ -227,6 +227,19 @@ def table(rows: Sequence[dict[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(rows: Sequence[dict[str, object]]) -> str:
+    """Return, for each kind of errors, K and SE, what the rules keep over the truths that have a gain."""
+    titles = ["errors", "K", "SE", "runs", "least kept", *KEPT]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    keys = dict.fromkeys((one["errors"], one["K"], one["SE"], one["runs"]) for one in rows)
+    for key in keys:
+        found = [one for one in rows if (one["errors"], one["K"], one["SE"], one["runs"]) == key]
+        kept = np.array([[one[rule] for rule in KEPT] for one in found if one["truth"] not in NO_GAIN], np.float64)
+        means = [f"{share:.3f}" for share in kept.mean(0)]
+        lines.append("| " + " | ".join([*map(str, key), f"{kept[:, 0].min():.3f}", *means]) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Measure every cell and write both tables; each line is printed as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,7 +261,7 @@ def main() -> None:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    options.out.with_suffix(".md").write_text(table(rows))
+    options.out.with_suffix(".md").write_text(f"{summary(rows)}\n{table(rows)}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import linalg, stats
 
-from benchmarks.selection import KEPT, NO_GAIN, RIVALS, SAMPLES, cells, measure, row, table, truths
+from benchmarks.selection import KEPT, NO_GAIN, RIVALS, SAMPLES, cells, measure, row, summary, table, truths
 from configs.errors import UserError
 from trainers.mismatch import Curve, Series, choose, from_means, from_scores, report, rivals, shortlist
 from trainers.mismatch.selection import pool
@@ -223,6 +223,7 @@ def test_a_small_simulation_keeps_the_gain_and_tells_its_value() -> None:
     cell = next(iter(cells(["paired"], [POINTS], [0.1])))
     line = row(cell, measure(cell, 3))
     assert (line["truth"], line["errors"], line["K"], line["runs"]) == ("kink early", "paired", POINTS, 3)
+    assert summary([line]).startswith("| errors | K | SE | runs | least kept | selected |")
     assert table([line]).count("\n") == 3 and "| kink early | paired | 10 | 0.1 |" in table([line])
 
 

@@ -185,11 +185,12 @@ class RunJournal:
             return
         self._tracker.log_evaluations(results)
         self._note(results)
+        self._curve = None  # until it is judged
         await self._judge()
+        likely = await asyncio.to_thread(self._likely) if self._shortlisting else ()
         pending = set(self._pins.versions()) - self._evaluated.keys()
         safe = {version: score for version, score in self._primary.items() if version <= self._saved}
         last = self._recipe.run.steps
-        likely = await asyncio.to_thread(self._likely) if self._shortlisting else ()
         self._pins.keep_only({*pending, last, best_version(self._primary), best_version(safe), *likely})
 
     def _likely(self) -> Collection[int]:
