@@ -91,17 +91,17 @@ class Company:
 
 
 async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast:
-    """Start every actor. The engines come up while `run.prepare` makes what the others need."""
+    """Start every actor. The engines come up, in processes of their own, while `run.prepare` makes what others need."""
     prepare = preparation(recipe)
     company = Company(placement)
-    engines = asyncio.create_task(all_ready(hire_engines(recipe, company), STARTUP_S))
-    await asyncio.to_thread(prepare)
+    engines = hire_engines(recipe, company)
+    prepare()  # in this thread: a signal interrupts no other, and at its end Python waits for every other
     hire_networks(recipe, company)
     prompts = load_prompts(recipe)
     scorers = company.of("reward") | company.of("reference")
     starts = {name: actor.ready.remote() for name, actor in scorers.items()}
     starts |= await rendezvous(company.of("learner")) | await rendezvous(company.of("critic"))
-    await asyncio.gather(all_ready(starts, STARTUP_S), engines)
+    await all_ready(starts | engines, STARTUP_S)
 
     transport = choose_transport(
         recipe.generator.transport,

@@ -5,10 +5,10 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
@@ -40,6 +40,7 @@ from trainers.types import Evaluation, Prompt
 from trainers.watcher import UNJUDGED, Watcher
 
 log = logging.getLogger("headroom")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,11 +70,7 @@ def train(recipe: Recipe, resume: str | None = None) -> Finished:
         rundir.adopt_config(recipe.model_dump(mode="json"))
         connect(recipe)
         try:
-            return asyncio.run(_train(recipe, rundir))
-        except BaseExceptionGroup as group:
-            raise first_cause(group) from group
-        except asyncio.CancelledError:
-            raise KeyboardInterrupt from None
+            return run_until_signal(_train(recipe, rundir))
         finally:
             ray.shutdown()
 
@@ -94,6 +91,31 @@ def connect(recipe: Recipe) -> None:
         )
     except ConnectionError as error:
         raise UserError(f"ray.address: no Ray answers at {recipe.ray.address}; start one or use local") from error
+
+
+def run_until_signal(main: Coroutine[Any, Any, T]) -> T:
+    """Run `main` in a loop of its own and return what it does. SIGTERM and Ctrl-C end it at once until it listens.
+
+    Raises KeyboardInterrupt then, or SystemExit with code 143; of an exception group its first cause.
+    """
+
+    def end(number: int, _: object) -> None:
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return asyncio.run(main)
+    except BaseExceptionGroup as group:
+        raise first_cause(group) from group
+    except asyncio.CancelledError:  # by the second Ctrl-C of `listen`
+        raise KeyboardInterrupt from None
+    except (KeyboardInterrupt, SystemExit) as error:
+        asked = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
+        log.info("ended by %s; the same command starts again", asked)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def first_cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -289,7 +311,7 @@ def evaluate(recipe: Recipe, directory: str | None = None) -> Sequence[Evaluatio
     connect(recipe)
     try:
         with Tracker(recipe, rundir, incarnation=0) as tracker:
-            results = asyncio.run(_evaluate(recipe, Path(directory or recipe.model.path), path))
+            results = run_until_signal(_evaluate(recipe, Path(directory or recipe.model.path), path))
             tracker.log_evaluations(results)
             return results
     finally:

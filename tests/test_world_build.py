@@ -1,5 +1,6 @@
 """The build of the demo's world: one at a time, and only where it may write."""
 
+import fcntl
 import json
 import logging
 import subprocess
@@ -13,7 +14,7 @@ from configs.errors import UserError
 from configs.load import load
 from configs.schema import Recipe
 from trainers.world import size
-from trainers.world_build import MANIFEST, PAIRS, asked, is_prepared, prepare, skeleton, world_hash
+from trainers.world_build import LOCK, MANIFEST, PAIRS, asked, is_prepared, prepare, skeleton, world_hash
 
 ROOT = Path(__file__).parents[1]
 BEGIN_AND_WAIT = """
@@ -84,6 +85,19 @@ def test_a_second_build_waits_for_the_first_and_uses_it(tmp_path: Path, caplog: 
         logger.removeHandler(told)
     assert not second.is_alive() and told.lines[1:] == ["the demo's world is built already"]
     assert (tmp_path / "policy" / "model.safetensors").read_bytes() == weights
+
+
+def test_an_interrupted_build_counts_for_nothing_and_holds_up_nobody(tmp_path: Path) -> None:
+    recipe = quickstart(tmp_path)
+
+    def interrupt(line: str) -> None:
+        raise KeyboardInterrupt(line)
+
+    with pytest.raises(KeyboardInterrupt, match="SFT"):
+        prepare(recipe, interrupt)
+    assert not is_prepared(recipe)
+    with (tmp_path / LOCK).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if it is held
 
 
 def test_a_build_writes_nowhere_but_in_a_directory_of_its_own(tmp_path: Path) -> None:

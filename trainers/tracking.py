@@ -37,6 +37,7 @@ from trainers.types import Evaluation
 
 HASHED_GROUPS = ("model", "reward", "algorithm", "evaluation", "data")
 FLUSH_S = 20.0  # how long the end of a run waits for the server
+INTERRUPTED_S = 3.0  # the same, where somebody waits for the end
 SYSTEM_METRICS_S = 10.0
 RUN_UID = "headroom.run_uid"  # finds the run again if a kill came between its creation and our note of it
 LISTED_TABLES = 40  # that the MLflow page offers; the tag that lists them is bounded
@@ -298,7 +299,9 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         interrupted = kind is not None and not issubclass(kind, Exception)
-        self.finish("KILLED" if interrupted else "FAILED" if kind else "FINISHED")
+        if interrupted:
+            self.finish("KILLED", INTERRUPTED_S)
+        self.finish("FAILED" if kind else "FINISHED")
 
     def _status(self, status: str) -> None:
         self._spool.append([{"kind": "status", "value": status, "timestamp": self._spool.now()}])

@@ -108,7 +108,7 @@ def _regress(values: Array, errors: Array, prior: _Prior) -> tuple[Array, Array]
 def _after(values: Array) -> Array:
     """Sum the last axis (n) from each place but the first to the end, and put these places (J) before what is left."""
     sums = np.cumsum(values[..., ::-1], -1)[..., -2::-1]
-    return np.asarray(sums if values.ndim == 2 else np.moveaxis(sums, -1, 1))
+    return sums if values.ndim == 2 else np.moveaxis(sums, -1, 1)
 
 
 def _paths(versions: Integers) -> Array:
@@ -119,4 +119,4 @@ def _paths(versions: Integers) -> Array:
     r = np.sqrt(5) * distance / lengths
     curved = (1 + r + r**2 / 3) * np.exp(-r)
     kernels = np.concatenate([np.exp(-distance / lengths), curved])
-    return (amplitudes**2 * kernels[:, None]).reshape(-1, *distance.shape)
+    return np.asarray((amplitudes**2 * kernels[:, None]).reshape(-1, *distance.shape))
