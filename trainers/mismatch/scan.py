@@ -68,6 +68,8 @@ def floored(covariance: Array) -> Array:
     se = np.sqrt(np.diag(covariance))
     if not np.any(se > 0):
         raise ValueError("every standard error is 0")
+    if se.min() >= DIAGONAL_FLOOR * se.max():
+        return covariance  # no median is above the largest
     first = int(np.argmax(se > 0))
     seen = [se[: max(t, first) + 1] for t in range(len(se))]
     lowest = np.array([DIAGONAL_FLOOR * np.median(part[part > 0]) for part in seen])
