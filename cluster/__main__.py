@@ -240,7 +240,7 @@ def _watch(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from cluster import report
-    from cluster.report.build import Budget, build
+    from cluster.report.build import build
     from cluster.report.figures import pictures
     from cluster.report.page import page
     from cluster.report.text import head, text
@@ -251,7 +251,7 @@ def _report(args: argparse.Namespace) -> None:
     columns = Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version)
     settings = Settings(margin=args.margin, planned=args.planned)
     run = read(args.source, columns, args.tracking_uri)
-    view = build(run, settings, Budget(version=args.version_budget, kl=args.kl_budget))
+    view = build(run, settings, kl_budget=args.kl_budget, version_budget=args.version_budget)
     print(text(view) if args.text else "\n".join([view.name, *head(view)]))
     if args.output or not args.text:
         drawn = pictures(view)
@@ -260,7 +260,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     from cluster import compare, report
-    from cluster.report.build import Budget, build
+    from cluster.report.build import build
     from trainers.measured import Columns
     from trainers.mismatch import Settings
     from trainers.sources import read_all
@@ -270,8 +270,8 @@ def _compare(args: argparse.Namespace) -> None:
     sources = [*args.source, *([] if args.experiment is None else [f"mlflow:{args.experiment}"])]
     runs = [run for source in sources for run in read_all(source, columns, args.tracking_uri)]
     compare.check(runs, across_evaluations=args.across_evaluations)  # before anything is computed
-    budget = Budget(version=args.version_budget, kl=args.kl_budget)
-    views = [build(run, settings, budget) for run in runs]
+    budgets = {"kl_budget": args.kl_budget, "version_budget": args.version_budget}
+    views = [build(run, settings, **budgets) for run in runs]
     of = compare.compare(views, args.group, across_evaluations=args.across_evaluations)
     print(compare.text(of))
     if args.output:

@@ -12,10 +12,10 @@ from cluster.report.figures import Picture, compared
 from cluster.report.html import document, element, table, unbroken
 from cluster.report.page import card, figures
 from cluster.report.text import aligned
-from cluster.report.view import ARROWS, Choice, Estimate, View, coefficient, duration, headline, interval
+from cluster.report.view import ARROWS, UNKNOWN, View, coefficient, duration, estimand, estimate, headline, headroom
 from configs.errors import UserError
 from trainers.measured import MeasuredRun
-from trainers.mismatch import Correlation, Curve, between
+from trainers.mismatch import Correlation, Curve, Estimate, between
 
 # What differs between the seeds of one recipe, by the names of Headroom and of transformers' trainers.
 NO_RECIPE = ("run.seed", "run.name", "run.dir", "seed", "data_seed", "run_name", "output_dir", "logging_dir")
@@ -178,7 +178,7 @@ def spread(values: Sequence[float]) -> Estimate | None:
     array = np.asarray(values)
     half = float(stats.t.isf((1 - LEVEL) / 2, len(array) - 1)) * float(array.std(ddof=1)) / math.sqrt(len(array))
     mean = float(array.mean())
-    return Estimate(value=mean, low=mean - half, high=mean + half, of=f"mean over {len(array)} runs")
+    return Estimate(value=mean, low=mean - half, high=mean + half)
 
 
 def _runs(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -197,21 +197,16 @@ def _runs(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
     rows = [
         (
             view.name, recipe, f"{ARROWS[view.verdict.state]} {headline(view)}",
-            "none" if view.chosen.version is None else str(view.chosen.version), _value(view.chosen),
-            _value(_rival(view, "last")), interval(view.headroom) if view.headroom else "not identified",
-            view.evaluation_hash or "not known", duration(view.seconds),
+            "none" if view.chosen.version is None else str(view.chosen.version), estimate(view.chosen.value),
+            estimate(_last_value(view)), headroom(view)[0], view.evaluation_hash or UNKNOWN, duration(view.seconds),
         )
         for view, recipe in zip(of.views, of.recipes, strict=True)
     ]  # fmt: skip
     return titles, rows
 
 
-def _rival(view: View, rule: str) -> Choice | None:
-    return next((rival for rival in view.rivals if rival.rule == rule), None)
-
-
-def _value(choice: Choice | None) -> str:
-    return interval(choice.value) if choice is not None and choice.value is not None else "not known"
+def _last_value(view: View) -> Estimate | None:
+    return next((rival.value for rival in view.findings.rivals if rival.rule == "last"), None)
 
 
 def _seeds(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
@@ -223,10 +218,10 @@ def _seeds(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
         states = [view.verdict.state or "not enough" for view in views]
         versions = sorted(view.chosen.version for view in views if view.chosen.version is not None)
         cells = []
-        for choices in ([view.chosen for view in views], [_rival(view, "last") for view in views]):
-            found = [one.value.value for one in choices if one is not None and one.value is not None]
-            mean = spread([value for value in found if value is not None])
-            cells.append("one run: no spread" if mean is None else f"{interval(mean)}, SD {np.std(found, ddof=1):.2g}")
+        for values in ([view.chosen.value for view in views], [_last_value(view) for view in views]):
+            found = [one.value for one in values if one is not None]
+            mean = spread(found)
+            cells.append("one run: no spread" if mean is None else f"{estimate(mean)}, SD {np.std(found, ddof=1):.2g}")
         seconds = [view.seconds for view in views if view.seconds is not None]
         counted = (f"{states.count(state)} {state}" for state in dict.fromkeys(states))
         time = duration(float(np.mean(seconds)) if seconds else None)
@@ -315,25 +310,22 @@ def _best(of: Compared) -> Element:
 
 
 def _highest(of: Compared) -> Element:
-    values = [
-        (view.chosen.value.value, place)
-        for place, view in enumerate(of.views)
-        if view.chosen.value and view.chosen.value.value is not None
-    ]
+    values = [(view.chosen.value.value, place) for place, view in enumerate(of.views) if view.chosen.value]
     if not of.alike or not values:
         why = "Evaluated differently: no run is best" if values else "No run has a chosen version"
         return card("best", "Highest", element("div", why, class_="big"))
-    view = of.views[max(values)[1]]
-    seeds = [value for value, place in values if of.recipes[place] == of.recipes[max(values)[1]]]
-    mean = spread([value for value in seeds if value is not None])
-    more = [] if mean is None else [
-        element("p", unbroken(f"Its recipe, {mean.of}: {interval(mean)}, Student's 95 % interval of that mean."))
-    ]  # fmt: skip
+    best = max(values)[1]
+    view, name = of.views[best], of.views[best].series.primary.name
+    seeds = [value for value, place in values if of.recipes[place] == of.recipes[best]]
+    mean = spread(seeds)
+    more = "" if mean is None else (
+        f"Its recipe, mean over {len(seeds)} runs: {estimate(mean)}, Student's 95 % interval of that mean."
+    )  # fmt: skip
     return card(
         "best", "Highest",
         element("div", f"{view.name}, version {view.chosen.version}", class_="big"),
-        element("div", unbroken(f"{view.series.primary.name} {_value(view.chosen)}"), class_="value"),
-        element("p", f"95 % interval of the {view.chosen.value.of}" if view.chosen.value else "", class_="soft"),
+        element("div", unbroken(f"{name} {estimate(view.chosen.value)}"), class_="value"),
+        element("p", estimand(view.chosen), class_="soft"),
         element("p", f"It is the highest of {len(values)} runs, so its value is a little too good.", class_="soft"),
-        *more,
+        *([element("p", unbroken(more))] if more else []),
     )  # fmt: skip

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.instrument import cells
-from cluster.report.view import Choice, Estimate, Sample, View, Warned
-from trainers.mismatch import Curve, Series, Settings, correlate, from_means, judge
+from cluster.report.view import Sample, View, Warned
+from trainers.mismatch import Curve, Series, Settings, correlate, find, from_means
 
 SE = 0.05
 
@@ -31,29 +31,17 @@ def series(family: str, points: int = 10, seed: int = 0, every: int = 4) -> Seri
     )
 
 
-def view(family: str = "kink middle drop 6", points: int = 10, seed: int = 0, **fields: Any) -> View:
-    """Build the view of one simulated run; the smoothed best and its rivals are read off the measured means."""
+def view(
+    family: str = "kink middle drop 6", points: int = 10, seed: int = 0, notes: tuple[str, ...] = (), **fields: Any
+) -> View:
+    """Build the view of one simulated run."""
     of = series(family, points, seed)
-    gold = of.primary
-    errors = gold.se
-    assert errors is not None and of.kl is not None
-
-    def choice(rule: str, place: int) -> Choice:
-        mean, half, at = float(gold.mean[place]), 1.96 * float(errors[place]), int(gold.versions[place])
-        value = Estimate(value=mean, low=mean - half, high=mean + half, of=f"true mean of {gold.name} at version {at}")
-        return Choice(rule=rule, version=at, value=value)
-
-    best = 1 + int(np.argmax(np.convolve(gold.mean, np.ones(3) / 3, "valid")))
+    assert of.kl is not None
     length = Curve(name="rollout/length_mean", versions=of.kl.versions, mean=20 + of.kl.mean, covariance=None)
     defaults: dict[str, Any] = {
         "name": f"simulated: {family}, seed {seed}",
-        "series": of,
-        "verdict": judge(of, Settings(runs=2_000)),
-        "correlations": correlate(of, draws=50),
+        "findings": find(of, Settings(runs=2_000), notes=notes),
         "windows": correlate(of, window=6, draws=20),
-        "chosen": choice("chosen: best of the means over 3 versions", best),
-        "rivals": (choice("last", points - 1), choice("raw best", int(np.argmax(gold.mean)))),
-        "headroom": Estimate(value=None, low=0.0, high=0.08, of="gain within the KL seen"),
         "warnings": (Warned(curve=length, says="20 at version 0, 20.4 at the last", error_rate="not measured"),),
         "samples": (
             Sample(prompt="My router is broken.", completions={0: "Restart it.", 36: "Thank you! Thank you!"}),

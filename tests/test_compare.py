@@ -9,14 +9,13 @@ from scipy import stats
 
 from cluster.__main__ import main
 from cluster.compare import Compared, compare, page, pictures, spread, text
-from cluster.report.view import Choice, View, interval
+from cluster.report.view import View, estimate
 from configs.errors import UserError
 from tests.simulated import view
 from tests.test_report import EVIL, Parsed
 from tests.test_watch import csv, refused
-from trainers.mismatch import Series, from_means
+from trainers.mismatch import Findings, Series, find, from_means
 
-NOTHING = Choice(rule="chosen", version=None, value=None, note="not enough")
 PARTED, PLATEAU = view("kink middle drop 6"), view("null plateau")
 
 
@@ -91,11 +90,11 @@ def test_an_evaluation_hash_that_is_not_known_is_said() -> None:
 
 def test_what_cannot_be_compared_is_one_line() -> None:
     reward = from_means("reward", [0, 1], [0.0, 1.0], None)
-    other = Series(reward=reward, evaluations=(from_means("other", [0, 1], [0.0, 1.0], None),))
+    other = find(Series(reward=reward, evaluations=(from_means("other", [0, 1], [0.0, 1.0], None),)))
     with pytest.raises(UserError, match="needs two runs or more: there is 1"):
         compare([run("a", {})])
     with pytest.raises(UserError, match="primary evaluations differ: .*a has helpdesk/gold.*--eval"):
-        compare([run("a", {}), run("b", {}, series=other)])
+        compare([run("a", {}), run("b", {}, findings=other)])
 
 
 def test_different_rewards_have_no_common_unit() -> None:
@@ -107,13 +106,13 @@ def test_correlation_across_runs_equals_scipy_where_there_is_no_error() -> None:
     rng = np.random.default_rng(0)
     reward, gold = rng.normal(size=(2, 7))
 
-    def series(n: int) -> Series:
+    def findings(n: int) -> Findings:
         last = [
             from_means(name, [0, 5], [0.0, float(values[n])], None) for name, values in (("r", reward), ("g", gold))
         ]
-        return Series(reward=last[0], evaluations=(last[1],))
+        return find(Series(reward=last[0], evaluations=(last[1],)))
 
-    found = compare([run(f"r{n}", {"run.seed": str(n)}, series=series(n)) for n in range(7)]).correlations
+    found = compare([run(f"r{n}", {"run.seed": str(n)}, findings=findings(n)) for n in range(7)]).correlations
     oracle = {"pearson": stats.pearsonr, "spearman": stats.spearmanr, "kendall": stats.kendalltau}
     assert {one.kind for one in found} == set(oracle)
     for one in found:
@@ -134,14 +133,16 @@ def test_page_and_terminal_show_every_run_and_the_seeds_together(two_recipes: Co
     shown, said = Parsed(page(two_recipes, drawn)), text(two_recipes)
     for one in two_recipes.views:
         assert one.name in said and one.name in shown.text and all(one.name in picture.alt for picture in drawn)
-        assert one.chosen.value is not None and interval(one.chosen.value) in said
+        assert one.chosen.value is not None and estimate(one.chosen.value) in said
     assert "2 parted" in said and "2 parted" in shown.by_id["states"] and "SD " in said
     assert "helpdesk/gold" in shown.by_id["best"] and "mean over 2 runs" in shown.by_id["best"]
     assert [image["src"][:26] for image in shown.all("img")] == ["data:image/svg+xml;base64,"] * 2
 
 
 def test_names_and_parameters_stay_text() -> None:
-    runs = [run(EVIL, {EVIL: EVIL}), run("b", {EVIL: "b"}, chosen=NOTHING)]
+    reward, gold = (from_means(name, [0, 1], [0.0, 1.0], None) for name in ("reward", "helpdesk/gold"))
+    nothing = find(Series(reward=reward, evaluations=(gold,)))
+    runs = [run(EVIL, {EVIL: EVIL}), run("b", {EVIL: "b"}, findings=nothing)]
     shown = Parsed(page(compare(runs), []))
     assert not shown.all("script") and EVIL in shown.text
 

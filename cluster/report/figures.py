@@ -197,7 +197,7 @@ def _scatter(view: View, evaluation: Curve) -> Picture | None:
     figure.colorbar(shown, ax=axes, label="policy version", pad=0.02)
     said = [
         f"Spearman with {one.x}: {coefficient(one)}."
-        for one in view.correlations
+        for one in view.findings.correlations
         if one.y == evaluation.name and one.kind == "spearman"
     ]
     against = " and ".join(curve.name for curve in across)

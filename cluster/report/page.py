@@ -7,16 +7,22 @@ from cluster.report.figures import Picture
 from cluster.report.html import document, element, table, unbroken
 from cluster.report.view import (
     ARROWS,
-    Choice,
+    UNKNOWN,
     View,
     alarm_says,
+    beside,
+    choices,
     coefficient,
+    estimand,
+    estimate,
     explanation,
     headline,
-    interval,
+    headroom,
     measured,
-    number,
+    notes,
     percent,
+    size,
+    take,
 )
 
 SAMPLES = 4
@@ -59,19 +65,16 @@ def summary(view: View) -> Element:
             id="state",
         )
     ]
-    chosen, name = view.chosen, view.series.primary.name
-    take = "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
+    chosen = view.chosen
     said = [] if chosen.value is None else [
-        element("div", f"{name} {unbroken(interval(chosen.value))}", class_="value"),
-        element("p", f"95 % interval of the {chosen.value.of}", class_="soft"),
+        element("div", f"{view.series.primary.name} {unbroken(estimate(chosen.value))}", class_="value"),
+        element("p", estimand(chosen), class_="soft"),
     ]  # fmt: skip
-    note = [element("p", chosen.note, class_="soft")] if chosen.note else []
-    cards.append(card("checkpoint", "Checkpoint", element("div", take, class_="big"), *said, *note))
-    room = view.headroom
-    left = unbroken(interval(room)).capitalize() if room else "Not identified"
-    why = [element("p", view.no_headroom, class_="soft")] if view.no_headroom else []
-    of = [element("p", room.of, class_="soft")] if room else []
-    cards.append(card("headroom", "Headroom left", element("div", left, class_="big"), *of, *why))
+    note = [element("p", one, class_="soft") for one in (beside(chosen),) if one]
+    cards.append(card("checkpoint", "Checkpoint", element("div", take(chosen), class_="big"), *said, *note))
+    left, *more = headroom(view)
+    why = [element("p", one, class_="soft") for one in more if one]
+    cards.append(card("headroom", "Headroom left", element("div", unbroken(left).capitalize(), class_="big"), *why))
     return element("div", cards, class_="cards")
 
 
@@ -90,14 +93,16 @@ def figures(pictures: Iterable[Picture]) -> Element:
 
 
 def _alarms(view: View) -> Element:
-    alarms = [view.verdict.primary, *view.verdict.others]
-    rows = []
-    for alarm in alarms:
-        drop = alarm.minimum_detectable_drop
-        rows.append((
-            alarm.evaluation, alarm_says(alarm), number(alarm.margin, alarm.margin, sign=False),
-            "not known" if drop is None else number(drop, drop, sign=False), f"{alarm.alpha:.3g}",
-        ))  # fmt: skip
+    rows = [
+        (
+            alarm.evaluation,
+            alarm_says(alarm),
+            size(alarm.margin),
+            size(alarm.minimum_detectable_drop),
+            f"{alarm.alpha:.3g}",
+        )
+        for alarm in (view.verdict.primary, *view.verdict.others)
+    ]
     caption = (
         f"A sequential scan. The first row is the primary evaluation: false alarms in at most "
         f"{percent(view.verdict.false_alarm_rate)} of runs; the others share the same rate by Holm. Drops are in the "
@@ -109,29 +114,19 @@ def _alarms(view: View) -> Element:
 def _choices(view: View) -> Element:
     titles = ("rule", "version", view.series.primary.name, "gain over the first version", "interval of")
     caption = "The chosen version, then what simpler rules would have taken. Intervals: 95 %."
-    return table(caption, titles, map(_choice, [view.chosen, *view.rivals]), chosen=0)
-
-
-def _choice(choice: Choice) -> Sequence[str]:
-    of = [choice.value.of] if choice.value else []
-    return (
-        choice.rule,
-        "none" if choice.version is None else str(choice.version),
-        interval(choice.value) if choice.value else "not known",
-        interval(choice.gain) if choice.gain else "not known",
-        "; ".join([*of, *([choice.note] if choice.note else [])]),
-    )
+    return table(caption, titles, choices(view), chosen=0)
 
 
 def _correlations(view: View) -> Element:
-    pairs = dict.fromkeys((one.x, one.y, one.n) for one in view.correlations)
+    correlations = view.findings.correlations
+    pairs = dict.fromkeys((one.x, one.y, one.n) for one in correlations)
     rows = []
     for x, y, n in pairs:
-        by_kind = {one.kind: one for one in view.correlations if (one.x, one.y) == (x, y)}
+        by_kind = {one.kind: one for one in correlations if (one.x, one.y) == (x, y)}
         rows.append(
             (f"{x} with {y}", str(n), *(coefficient(by_kind[kind]) for kind in ("pearson", "spearman", "kendall")))
         )
-    level = percent(view.correlations[0].level) if view.correlations else "95 %"
+    level = percent(correlations[0].level) if correlations else "95 %"
     caption = (
         f"Of the true values at this run's versions, corrected for measurement error, with {level} intervals. They say "
         "nothing about other runs."
@@ -174,9 +169,9 @@ def _cut(text: str) -> str:
 def _measured(view: View) -> Iterator[Element]:
     titles = ("quantity", "versions", "points", "prompts", "standard error, median")
     yield table("What the numbers above come from.", titles, measured(view))
-    if notes := list(dict.fromkeys([*view.verdict.reasons, *view.notes])):
-        yield element("ul", (element("li", note) for note in notes))
-    yield element("p", f"Evaluation hash: {view.evaluation_hash or 'not known'}", class_="soft")
+    if said := notes(view):
+        yield element("ul", (element("li", note) for note in said))
+    yield element("p", f"Evaluation hash: {view.evaluation_hash or UNKNOWN}", class_="soft")
 
 
 def _params(view: View) -> Iterator[Element]:

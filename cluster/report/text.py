@@ -6,14 +6,21 @@ import numpy as np
 
 from cluster.report.view import (
     ARROWS,
+    UNKNOWN,
     View,
     alarm_says,
+    beside,
+    choices,
     coefficient,
+    estimand,
+    estimate,
     explanation,
     headline,
-    interval,
+    headroom,
     measured,
-    number,
+    notes,
+    size,
+    take,
 )
 from trainers.mismatch import Curve
 
@@ -23,44 +30,34 @@ WIDTH = 48  # points of a line
 
 def head(view: View) -> list[str]:
     """Return what to know first: state, checkpoint to take, headroom."""
-    primary, chosen, room = view.series.primary.name, view.chosen, view.headroom
+    chosen, (room, of_room, why) = view.chosen, headroom(view)
     lines = [f"{ARROWS[view.verdict.state]}  {headline(view)}", f"    {explanation(view)}"]
-    take = "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
-    lines.append(f"    {take}" + (f": {primary} {interval(chosen.value)}" if chosen.value else ""))
-    of = f"95 % interval of the {chosen.value.of}" if chosen.value else ""
-    lines += [f"      {said}" for said in (of, chosen.note) if said]
-    lines.append(f"    Headroom left: {interval(room) if room else 'not identified'}")
-    return lines + [f"      {said}" for said in (room.of if room else "", view.no_headroom) if said]
+    value = f": {view.series.primary.name} {estimate(chosen.value)}" if chosen.value else ""
+    lines.append(f"    {take(chosen)}{value}")
+    lines += [f"      {said}" for said in (estimand(chosen), beside(chosen)) if said]
+    return [*lines, f"    Headroom left: {room}", *(f"      {said}" for said in (of_room, why) if said)]
 
 
 def text(view: View) -> str:
     """Return the report: what to know first, then the evidence."""
-    primary, chosen = view.series.primary.name, view.chosen
     lines = [view.name, "", *head(view), ""]
     curves = [view.series.reward, *view.series.evaluations, *([view.series.kl] if view.series.kl else [])]
     lines += aligned([(curve.name, sparkline(curve)) for curve in curves if len(curve.versions)], left=2)
     alarms = [view.verdict.primary, *view.verdict.others]
     lines += ["", *aligned([
         ("evaluation", "margin", "detectable drop", "alarm"),
-        *((a.evaluation, _plain(a.margin), _plain(a.minimum_detectable_drop), alarm_says(a)) for a in alarms),
+        *((a.evaluation, size(a.margin), size(a.minimum_detectable_drop), alarm_says(a)) for a in alarms),
     ])]  # fmt: skip
-    rows = [
-        (
-            c.rule,
-            "none" if c.version is None else str(c.version),
-            interval(c.value) if c.value else c.note or "not known",
-        )
-        for c in (chosen, *view.rivals)
-    ]
-    lines += ["", *aligned([("rule", "version", primary), *rows])]
-    pairs = [(f"{one.x} with {one.y}", one.kind, str(one.n), coefficient(one)) for one in view.correlations]
+    rows = [(rule, at, why if value == UNKNOWN and why else value) for rule, at, value, _, why in choices(view)]
+    lines += ["", *aligned([("rule", "version", view.series.primary.name), *rows])]
+    pairs = [(f"{one.x} with {one.y}", one.kind, str(one.n), coefficient(one)) for one in view.findings.correlations]
     lines += ["", *aligned([("correlation", "", "versions", "of the true values, 95 % interval"), *pairs])]
     if view.warnings:
         rows = [(one.curve.name, one.says, one.error_rate) for one in view.warnings]
         lines += ["", *aligned([("early warning", "says", "how often it is wrong"), *rows], left=3)]
     titles = ("measured", "versions", "points", "prompts", "standard error, median")
     lines += ["", *aligned([titles, *measured(view)])]
-    lines += ["", *(f"note: {note}" for note in dict.fromkeys([*view.verdict.reasons, *view.notes]))]
+    lines += ["", *(f"note: {note}" for note in notes(view))]
     return "\n".join(lines).rstrip()
 
 
@@ -84,7 +81,3 @@ def sparkline(curve: Curve) -> str:
     span = float(np.ptp(means)) or 1.0
     bars = "".join(BARS[int((mean - means.min()) / span * (len(BARS) - 1) + 0.5)] for mean in means)
     return f"{bars}  {curve.mean[0]:.4g} at version {curve.versions[0]}, {curve.mean[-1]:.4g} at {curve.versions[-1]}"
-
-
-def _plain(value: float | None) -> str:
-    return "not known" if value is None else number(value, value, sign=False)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.mismatch import Alarm, Correlation, Curve, Series, State, Verdict
+from trainers.mismatch import Alarm, Correlation, Curve, Estimate, Findings, Selected, Series, State, Verdict
 
+UNKNOWN = "not known"
+CHOSEN = "chosen: best of the smoothed curve"
 LEVEL_Z = 1.96  # a 95 % interval of a mean, in standard errors
 
 # What the reward and the evaluation do, as two arrows: no state is told by its colour alone.
@@ -20,27 +22,6 @@ ARROWS: Mapping[State | None, str] = {
     "broken": "↓↓",
     None: "? ?",
 }
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
-    """A number in its own unit, its interval, and what that is an interval of."""
-
-    value: float | None  # None: only the interval is known
-    low: float | None  # None: nothing is said on this side
-    high: float | None
-    of: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """A checkpoint that a rule takes, and the primary evaluation there."""
-
-    rule: str
-    version: int | None  # None: see note
-    value: Estimate | None
-    gain: Estimate | None = None  # over the first evaluated version
-    note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +43,31 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class View:
-    """One run as it is shown."""
+    """One run as it is shown: what was found, and what else is known of it."""
 
     name: str
-    series: Series
-    verdict: Verdict
-    correlations: tuple[Correlation, ...]
-    chosen: Choice
-    windows: tuple[Correlation, ...] = ()
-    rivals: tuple[Choice, ...] = ()  # what simpler rules would have taken
-    headroom: Estimate | None = None
-    no_headroom: str = ""  # why it, or a side of it, is not identified
+    findings: Findings
+    windows: tuple[Correlation, ...] = ()  # moving along the run
     warnings: tuple[Warned, ...] = ()
     samples: tuple[Sample, ...] = ()
     params: Mapping[str, str] = field(default_factory=dict)
     evaluation_hash: str | None = None
     seconds: float | None = None  # spent on the run
-    notes: tuple[str, ...] = ()
+
+    @property
+    def series(self) -> Series:
+        """What was measured."""
+        return self.findings.series
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the alarm says."""
+        return self.findings.verdict
+
+    @property
+    def chosen(self) -> Selected:
+        """The checkpoint to take."""
+        return self.findings.selected
 
 
 def headline(view: View) -> str:
@@ -96,9 +85,9 @@ def explanation(view: View) -> str:
     if verdict.state is None:
         return alarm.not_enough or "; ".join(verdict.reasons)
     rate = f"At most {percent(verdict.false_alarm_rate)} of runs that never fall raise a false alarm."
-    margin = f"its margin of {number(alarm.margin, alarm.margin, sign=False)}"
+    margin = f"its margin of {size(alarm.margin)}"
     if alarm.fallen is None:
-        found = f"smallest drop it would find: {_drop(alarm)}"
+        found = f"smallest drop it would find: {size(alarm.minimum_detectable_drop)}"
         flat = "" if verdict.state == "aligned" else f"{name} rose, and its latest points are not shown to rise. "
         return f"{flat}No fall of {name} by more than {margin} is shown ({found}). {rate}"
     did = {
@@ -120,9 +109,9 @@ def alarm_says(alarm: Alarm) -> str:
     return "raised: " + "; ".join(seen)
 
 
-def _drop(alarm: Alarm) -> str:
-    drop = alarm.minimum_detectable_drop
-    return "not known" if drop is None else number(drop, drop, sign=False)
+def size(value: float | None) -> str:
+    """Return a margin or a drop, which has no sign, with two digits; None: not known."""
+    return UNKNOWN if value is None else number(value, value, sign=False)
 
 
 def percent(share: float) -> str:
@@ -133,7 +122,7 @@ def percent(share: float) -> str:
 def duration(seconds: float | None) -> str:
     """Return a time in words, to the minute where there are any."""
     if seconds is None:
-        return "not known"
+        return UNKNOWN
     minutes = round(seconds / 60)
     if not minutes:
         return f"{seconds:.0f} s"
@@ -149,9 +138,8 @@ def number(value: float, spread: float | None, *, sign: bool = True) -> str:
     return f"{value:{'+' if sign else ''}.{min(max(decimals, 0), 8)}f}"
 
 
-def interval(estimate: Estimate) -> str:
-    """Return `value [low, high]`, or what is known of it in words."""
-    value, low, high = estimate.value, estimate.low, estimate.high
+def interval(value: float | None, low: float | None, high: float | None) -> str:
+    """Return `value [low, high]`, or what is known of it in words; None: not known, or nothing is said on that side."""
     ends = [end for end in (low, high) if end is not None]
     if value is None and not ends:
         return "not identified"
@@ -164,6 +152,56 @@ def interval(estimate: Estimate) -> str:
         return f"at least {shown[1]}" if shown[1] else f"at most {shown[2]}"
     between = f"[{shown[1] or '...'}, {shown[2] or '...'}]" if ends else "(no interval)"
     return f"{shown[0] or ''} {between}".strip()
+
+
+def estimate(found: Estimate | None) -> str:
+    """Return `value [low, high]`, or that it is not known."""
+    return UNKNOWN if found is None else interval(found.value, found.low, found.high)
+
+
+def take(chosen: Selected) -> str:
+    """Return which checkpoint to take, in a few words."""
+    return "No version is chosen" if chosen.version is None else f"Take version {chosen.version}"
+
+
+def estimand(chosen: Selected) -> str:
+    """Return what the chosen value's interval is of; its gain's has words of its own."""
+    of, _, _ = chosen.estimand.partition("; gain: ")
+    return f"{percent(chosen.level)} interval of the {of}" if chosen.value else ""
+
+
+def beside(chosen: Selected) -> str:
+    """Return what to know of the chosen version besides its number."""
+    fresh = "Measured on prompts that nothing was chosen on" if chosen.source == "untouched" else ""
+    return chosen.not_enough or chosen.note or fresh
+
+
+def choices(view: View) -> list[tuple[str, ...]]:
+    """Return rows (rule, version, value there, gain over the first version, what they rest on): chosen, then rivals."""
+    name = view.series.primary.name
+    chosen = CHOSEN + (", re-evaluated" if view.chosen.source == "untouched" else "")
+    named = [(chosen, view.chosen), *((rival.rule, rival) for rival in view.findings.rivals)]
+    rows = []
+    for rule, one in named:
+        of = f"true mean of {name} at version {one.version}" if one.value else None
+        rests = "; ".join(part for part in (of, one.not_enough or one.note) if part)
+        version = "none" if one.version is None else str(one.version)
+        rows.append((rule, version, estimate(one.value), estimate(one.gain), rests))
+    return rows
+
+
+def headroom(view: View) -> tuple[str, str, str]:
+    """Return the headroom that is left, what its interval is of, and why a side of it is missing."""
+    room = view.findings.headroom
+    of = f"{percent(room.level)} interval of {room.estimand}"
+    return interval(None, room.low, room.high), of, room.reason or ""
+
+
+def notes(view: View) -> list[str]:
+    """Return the reasons of what is not said, but for those that stand beside the chosen version and the headroom."""
+    chosen, room = view.chosen, view.findings.headroom
+    beside = (f"chosen version: {chosen.not_enough or chosen.note}", f"headroom: {room.reason}")
+    return [reason for reason in view.findings.reasons if reason not in beside]
 
 
 def coefficient(one: Correlation) -> str:
@@ -190,6 +228,5 @@ def measured(view: View) -> list[tuple[str, ...]]:
         name = curve.name if curve.name.lower() == kind.lower() else f"{kind} {curve.name}"
         span = f"{curve.versions[0]} to {curve.versions[-1]}" if len(curve.versions) else "none"
         se = None if curve.se is None or not len(curve.se) else float(np.median(curve.se))
-        error = "not known" if se is None else number(se, se, sign=False)
-        rows.append((name, span, str(len(curve.versions)), str(curve.prompts or "not known"), error))
+        rows.append((name, span, str(len(curve.versions)), str(curve.prompts or UNKNOWN), size(se)))
     return rows
