@@ -18,7 +18,7 @@ MARGIN_SE = 0.7  # the default margin, in standard errors of one evaluation
 AROUND_PEAK = 2  # points, the peak the last of them, which stand for the time before a fall that has a shape
 HELD = 3  # points for which the minimum detectable drop is held
 POWER_RUNS, POWER_SEED = 2_000, 1  # simulated for it
-LARGEST_DROP, DROP_STEP = 100.0, 0.01  # between which it is searched, in standard errors
+LARGEST_DROP, HALVINGS = 100.0, 15  # up to which it is searched, in margins and standard errors
 FEWEST = 3  # evaluated versions before anything is said
 SLOPE_POINTS = 5  # the latest points whose slope is compared with the slope before
 
@@ -258,11 +258,10 @@ def detectable_drop(covariance: Array, bound: Array, margin: float, power: float
         maxima = scan.path_maxima(noise - drop * after, covariance, margins, last_only=True)
         return bool(np.mean(maxima[-1] > bound[-1]) >= power)
 
-    unit = float(np.median(scan.effective_errors(covariance)))
-    low, high = 0.0, LARGEST_DROP * (margin + scale * unit)
+    low, high = 0.0, LARGEST_DROP * (margin + scale * float(np.sqrt(covariance.trace() / points)))
     if not found(high):
         return float(np.inf)
-    while high - low > DROP_STEP * unit:
+    for _ in range(HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if found(middle) else (middle, high)
     return high
