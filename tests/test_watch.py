@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ CASES = {
     "too many evaluations": of_csv(
         "version,reward,gold,gold_se\n" + "".join(f"{i},1,1,1\n" for i in range(1001)), "gold", "1001", "1000 at most"
     ),
+    "a name for no terminal": of_jsonl(jsonl({**ROW, "eval/\x1b[31mred": 1}), "'eval/\\x1b[31mred'", "rename"),
     "nested too deep": of_jsonl("[" * 100_000 + "\n", "run.jsonl:1", "malformed"),
     "no name of a file": Case(argv=["x" * 5000], says=["no such file or run directory"]),
     "short row": of_csv("version,reward,gold\n0,1\n", "run.csv:2", "3 columns", "fewer"),
@@ -159,6 +160,7 @@ CASES = {
     "KL budget without KL": of_csv(
         csv(header="version,reward,x,gold,gold_se"), "KL budget", "give it", argv=["--kl-budget", "1"]
     ),
+    "no KL budget": of_csv(csv(), "KL budget of nan", "above 0", argv=["--kl-budget", "nan"]),
     "margin": of_csv(csv(), "margin -1", argv=["--margin", "-1"]),
     "no number of seconds": of_csv(csv(), "--every", "often", argv=["--every", "often"]),
     "no time between looks": of_csv(csv(), "--every 0", "above 0", argv=["--every", "0"]),
@@ -262,48 +264,6 @@ def test_per_prompt_scores_are_paired(here: Path, capsys: pytest.CaptureFixture[
     np.testing.assert_allclose(curve.covariance, oracle.covariance, rtol=1e-12)
     assert curve.se is not None
     np.testing.assert_allclose(curve.se, errors, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    "spelt",
-    [
-        lambda text: "\ufeff" + text,
-        lambda text: text.replace("\n", "\r\n"),
-        lambda text: text.replace("\n", "\r"),
-        lambda text: re.sub(r"[^,\n]+", r'"\g<0>"', text),
-        lambda text: re.sub(r"^(\d+),", r"\1.0,", text, flags=re.M),
-    ],
-    ids=["byte order mark", "lines of Windows", "lines of old Macs", "quoted", "versions as floats"],
-)
-def test_a_table_is_read_as_other_programs_write_it(spelt: Callable[[str], str], here: Path) -> None:
-    (here / "plain.csv").write_text(csv())
-    (here / "spelt.csv").write_bytes(spelt(csv()).encode())
-    plain, other = read("plain.csv").series, read("spelt.csv").series
-    for one, same in zip((plain.reward, plain.primary), (other.reward, other.primary), strict=True):
-        assert one.versions.tolist() == same.versions.tolist() and one.mean.tolist() == same.mean.tolist()
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("unit", [1e-90, 1e90])
-def test_the_unit_does_not_matter(unit: float, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (here / "run.csv").write_text(csv())
-    rows = [f"{10 * i},{i / 10 * unit},{i / 50 * unit},{GOLD[i] * unit},{0.05 * unit}" for i in range(10)]
-    (here / "scaled.csv").write_text("\n".join(["version,reward,kl,gold,gold_se", *rows, ""]))
-    plain, scaled = answers(["run.csv"], capsys), answers(["scaled.csv"], capsys)
-    for field_ in ("state", "since_version", "chosen_version"):
-        assert scaled[field_] == plain[field_]
-    assert scaled["minimum_detectable_drop"] == pytest.approx(unit * plain["minimum_detectable_drop"])
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_steps_are_read(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [
-        f"{i},{i / 1e5},{GOLD[i // 10_000]},0.05" if i % 10_000 == 0 else f"{i},{i / 1e5},," for i in range(100_000)
-    ]
-    (here / "run.csv").write_text("\n".join(["step,reward,gold,gold_se", *rows, ""]))
-    found = answers(["run.csv"], capsys)
-    assert found["state"] == "parted" and found["evaluated_versions"] == list(range(0, 100_000, 10_000))
 
 
 def test_what_is_undefined_or_was_not_measured_stays_out(here: Path) -> None:

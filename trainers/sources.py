@@ -58,6 +58,8 @@ def _file(source: str, columns: Columns) -> MeasuredRun:
     names = list(dict.fromkeys(key for row in rows for key in row))
     if len(names) == 1 and re.search(r"[;|\t]", names[0]):
         raise UserError(f"{source}: one column, {names[0]!r}: separate the columns by commas")
+    if strange := [name for name in names if not name.isprintable()]:
+        raise UserError(f"{source}: column {strange[0]!r} has a name that cannot be shown: rename it")
     table = {name: [row.get(name) for row in rows] for name in names}
     with_scores = [name for name, cells in table.items() if any(map(is_scores, cells))]
     chosen = choose(columns, names, recognise(names, with_scores), source)

@@ -48,6 +48,8 @@ def find(
     settings = settings or Settings()
     if kl_budget is not None and version_budget is not None:
         raise UserError("give one budget: a KL or a version")
+    if kl_budget is not None and not 0 < kl_budget < math.inf:
+        raise UserError(f"a KL budget of {kl_budget:g} nats: it must be a number above 0")
     if kl_budget is None and version_budget is None:
         version_budget = _half_again(series)
     verdict = judge(series, settings)
