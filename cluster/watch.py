@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from configs.errors import UserError
 from trainers.measured import Columns, MeasuredRun
@@ -51,7 +51,7 @@ def once(watch: Watch) -> None:
     _show(watch, _read(watch))
 
 
-def follow(watch: Watch, wait: Callable[[float], None] = time.sleep) -> None:
+def follow(watch: Watch, wait: Callable[[float], None] = time.sleep) -> NoReturn:
     """Print what there is now, and again after each wait that brought something new; return never.
 
     A source that cannot be read at first is an error, as in `once`; later it is a warning, if two looks in a row meet

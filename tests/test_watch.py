@@ -185,6 +185,16 @@ def refused(argv: Sequence[str], says: Sequence[str], capsys: pytest.CaptureFixt
     assert [part for part in says if part not in captured.err] == [], captured.err
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
+@pytest.mark.parametrize("name", ["run.csv", "runs/a/metrics.jsonl"])
+def test_what_may_not_be_read_is_one_line(name: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / name).parent.mkdir(parents=True, exist_ok=True)
+    (here / name).write_text(csv())
+    (here / name).chmod(0)
+    source = name if name.endswith(".csv") else "runs/a"
+    refused(["watch", source, "--once"], [name, "Permission denied"], capsys)
+
+
 def test_nothing_heavy_is_imported(here: Path) -> None:
     (here / "run.csv").write_text(csv(4))
     code = f"""

@@ -70,6 +70,14 @@ def _run_directory(source: str, columns: Columns) -> MeasuredRun:
     rundir = RunDir(Path(source))
     if not os.path.isfile(rundir.metrics):
         raise UserError(f"{source}: no run directory: it has no {rundir.metrics.name}")
+    try:
+        logged = _logged(rundir)
+    except OSError as error:
+        raise UserError(f"{source}: {error.filename} cannot be read: {error.strerror}") from error
+    return from_headroom(logged.params.get("run.name", rundir.path.name), source, logged, columns)
+
+
+def _logged(rundir: RunDir) -> Logged:
     texts: dict[str, dict[str, str]] = {"param": {}, "tag": {}}
     for record in spool.read(rundir.metrics):
         if record["kind"] in texts:
@@ -77,12 +85,6 @@ def _run_directory(source: str, columns: Columns) -> MeasuredRun:
     try:
         records, final = read_evaluations(rundir.evaluations), read_final(rundir.final)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from error
-    logged = Logged(
-        params=texts["param"],
-        tags=texts["tag"],
-        metrics=spool.read_metrics(rundir.metrics),
-        records=records,
-        final=final,
-    )
-    return from_headroom(logged.params.get("run.name", rundir.path.name), source, logged, columns)
+        raise UserError(f"{rundir.path}: {error}") from error
+    metrics = spool.read_metrics(rundir.metrics)
+    return Logged(params=texts["param"], tags=texts["tag"], metrics=metrics, records=records, final=final)

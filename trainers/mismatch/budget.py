@@ -38,11 +38,13 @@ class Wanted:
         if not 0 < self.base_rate < 1 or not 0 < self.within <= 1:
             raise UserError(f"base_rate {self.base_rate} and within {self.within} must lie between 0 and 1")
         if not 0 <= self.prompt_cost < np.inf or not 0 <= self.evaluation_cost < np.inf:
-            raise UserError(f"costs {self.prompt_cost} and {self.evaluation_cost} must be 0 or more")
-        if self.most_prompts < FEWEST_PROMPTS or (self.in_se_of is not None and self.in_se_of < 1):
             raise UserError(
-                f"{self.most_prompts} prompts, drop in errors of {self.in_se_of}: at least {FEWEST_PROMPTS}, 1"
+                f"prompt_cost {self.prompt_cost} and evaluation_cost {self.evaluation_cost} must be 0 or more"
             )
+        if self.most_prompts < FEWEST_PROMPTS:
+            raise UserError(f"most_prompts {self.most_prompts} must be {FEWEST_PROMPTS} or more")
+        if self.in_se_of is not None and self.in_se_of < 1:
+            raise UserError(f"in_se_of {self.in_se_of} must be 1 or more prompts")
 
     @property
     def in_unit(self) -> float:
