@@ -209,35 +209,39 @@ def _measured(job: tuple[Cell, int]) -> dict[str, object]:
 
 
 def table(rows: Sequence[dict[str, object]]) -> str:
-    """Return the rows as Markdown: shares of the gain, then what is said of value and gain."""
-    titles = ["truth", "errors", "K", "SE", *KEPT]
-    samples = [f"{what}, {source}: bias, coverage, width" for what in ("value", "gain") for source in SAMPLES]
-    lines = ["| " + " | ".join([*titles, *samples, "misses"]) + " |", "|---" * (len(titles) + len(samples) + 1) + "|"]
-    for one in rows:
-        shares = [f"{one[rule]:.3f}" for rule in KEPT]
-        told = [
-            "{:+.2f} ± {:.2f}, {:.3f}, {:.2f}".format(
-                *(one[f"{what} {source} {name}"] for name in ("bias", "bias ±", "coverage", "width"))
-            )
-            for what in ("value", "gain") for source in SAMPLES
-        ]  # fmt: skip
-        lines.append(
-            "| " + " | ".join([*(str(one[title]) for title in titles[:4]), *shares, *told, str(one["misses"])]) + " |"
-        )
-    return "\n".join(lines) + "\n"
+    """Return two tables, every cell in each: shares of the gain in percent, then what is said of value and gain."""
+    where = ["truth", "errors", "K", "SE"]
+    shares = [
+        [*(str(one[key]) for key in where), *(f"{100 * float(str(one[rule])):.1f}" for rule in KEPT)] for one in rows
+    ]
+    samples = [f"{what} {source}" for what in ("value", "gain") for source in SAMPLES]
+    parts = ("bias", "bias ±", "coverage", "width")
+    told = [
+        [
+            *(str(one[key]) for key in where),
+            *("{:+.2f} ± {:.2f}, {:.3f}, {:.2f}".format(*(one[f"{of} {part}"] for part in parts)) for of in samples),
+            str(one["misses"]),
+        ]
+        for one in rows
+    ]
+    titles = [f"{of}: bias, coverage, width" for of in samples]
+    return f"{_markdown([*where, *KEPT], shares)}\n{_markdown([*where, *titles, 'misses'], told)}"
 
 
 def summary(rows: Sequence[dict[str, object]]) -> str:
-    """Return, for each kind of errors, K and SE, what the rules keep over the truths that have a gain."""
-    titles = ["errors", "K", "SE", "runs", "least kept", *KEPT]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    keys = dict.fromkeys((one["errors"], one["K"], one["SE"], one["runs"]) for one in rows)
-    for key in keys:
-        found = [one for one in rows if (one["errors"], one["K"], one["SE"], one["runs"]) == key]
-        kept = np.array([[one[rule] for rule in KEPT] for one in found if one["truth"] not in NO_GAIN], np.float64)
-        means = [f"{share:.3f}" for share in kept.mean(0)]
-        lines.append("| " + " | ".join([*map(str, key), f"{kept[:, 0].min():.3f}", *means]) + " |")
-    return "\n".join(lines) + "\n"
+    """Return, for each kind of errors, K and SE, what the rules keep over the truths that have a gain, in percent."""
+    where = ("errors", "K", "SE", "runs")
+    lines = []
+    for key in dict.fromkeys(tuple(one[name] for name in where) for one in rows):
+        found = [one for one in rows if tuple(one[name] for name in where) == key and one["truth"] not in NO_GAIN]
+        kept = 100 * np.array([[one[rule] for rule in KEPT] for one in found], np.float64)
+        lines.append([*map(str, key), f"{kept[:, 0].min():.1f}", *(f"{share:.1f}" for share in kept.mean(0))])
+    return _markdown([*where, "selected, least of all truths", *KEPT], lines)
+
+
+def _markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def main() -> None:

@@ -119,4 +119,4 @@ def _paths(versions: Integers) -> Array:
     r = np.sqrt(5) * distance / lengths
     curved = (1 + r + r**2 / 3) * np.exp(-r)
     kernels = np.concatenate([np.exp(-distance / lengths), curved])
-    return np.asarray((amplitudes**2 * kernels[:, None]).reshape(-1, *distance.shape))
+    return np.asarray(amplitudes**2 * kernels[:, None]).reshape(-1, *distance.shape)
