@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import special
 
 from configs.errors import UserError
@@ -24,10 +25,10 @@ LAWS: tuple[LawName, ...] = ("best-of-n", "rl")
 
 FEWEST = 6  # evaluated versions
 LEVEL_FLOOR = 0.1  # of the draws: a random walk, the least it is given
-STOPS = 0.35  # of the draws: the path stays where it is
+STOPS = 0.45  # of the draws: the path stays where it is
 BREAKS = 1.0  # expected in as many evaluations as lie behind
 FALLS, RISES = 0.035, 0.035  # share of the draws in which a surprise comes at once
-RISE = 1.5  # the pace of a rise that comes as a surprise, in the steepest so far
+RISE, LEAP = 1.5, 0.4  # of a rise that comes as a surprise: its pace, in the steepest so far; at least, in swings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +57,7 @@ class Seen:
     unit: Array  # (R,) standard error, widened where it is understated, in the evaluation's unit
     swing: Array  # (R,) what the value has moved so far, at least 3 standard errors
     pace: Array  # (R,) the steepest change so far, a step, less what the errors add to it
+    fall: Array  # (R,) the steepest fall so far, a step, at least the pace; over two steps it counts too
     length: float  # x = 1, in sqrt(KL) or versions
 
 
@@ -100,6 +102,8 @@ def standardise(mean: Array, covariance: Array, versions: Integers, distance: Ar
     steps = (time - time[0]) / float(np.median(np.diff(time)))
     apart = max(2, len(steps) // 3)
     moved, over = np.abs(values[:, apart:] - values[:, :-apart]), steps[apart:] - steps[:-apart]
+    pace = np.maximum(np.max(np.sqrt(np.maximum(moved**2 - 2, 0)) / over, 1), 1 / steps[-1])
+    fallen = np.maximum(values[:, :-2] - values[:, 2:] - 2 * np.sqrt(2), 0)  # by more than two standard errors
     return Seen(
         x=distance / distance.max(),
         steps=steps,
@@ -108,7 +112,8 @@ def standardise(mean: Array, covariance: Array, versions: Integers, distance: Ar
         start=mean[:, 0],
         unit=unit,
         swing=np.hypot(np.ptp(smooth, 1), 3),
-        pace=np.maximum(np.max(np.sqrt(np.maximum(moved**2 - 2, 0)) / over, 1), 1 / steps[-1]),
+        pace=pace,
+        fall=np.maximum(pace, np.max(fallen / (steps[2:] - steps[:-2]), 1)),
         length=float(distance.max()),
     )
 
@@ -146,7 +151,7 @@ def draw_paths(seen: Seen, x: Array, steps: Array, draws: int, seed: int) -> Pat
     normal = rng.standard_normal((draws, len(seen.x) + len(steps) + 1))
     uniform = rng.permutation((np.arange(draws) + 0.5) / draws)
     broken, surprised = rng.spawn(2)
-    values = np.empty((len(seen.mean), draws, normal.shape[1] - 1))
+    values, moving = np.empty((len(seen.mean), draws, normal.shape[1] - 1)), np.empty((len(seen.mean), draws), bool)
     time = np.append(seen.steps, seen.steps[-1] + steps) / seen.steps[-1]
     distances = np.concatenate([np.tile(seen.x, (len(x), 1)), x], 1)
     among = models(time, distances, len(seen.x))
@@ -157,9 +162,10 @@ def draw_paths(seen: Seen, x: Array, steps: Array, draws: int, seed: int) -> Pat
         rows = octave == one
         posterior = _posterior(seen, rows, among.covariance * 4.0**one, among.prior, names == "level")
         weights[rows] = posterior.weights
-        values[rows] = _drawn(posterior, normal, uniform)
+        values[rows], chosen = _drawn(posterior, normal, uniform)
+        moving[rows] = (names != "level")[chosen]
     past, smooth = np.split(values, [len(seen.x)], axis=2)
-    smooth = _broken(past[:, :, -1], smooth, seen, steps, broken)
+    smooth = _broken(past[:, :, -1], smooth, moving, seen, steps, broken)
     ahead = _surprised(past[:, :, -1], smooth, seen, steps, surprised)
     start, unit = seen.start[:, None, None], seen.unit[:, None, None]
     past, smooth, ahead = (start + unit * one for one in (past, smooth, ahead))
@@ -204,8 +210,8 @@ def _weights(scores: Array, still: Array) -> Array:
     return np.where(share < LEVEL_FLOOR, floored, weights)
 
 
-def _drawn(posterior: _Posterior, normal: Array, uniform: Array) -> Array:
-    """Draw values (R, S, N) with the random numbers (S, N + 1) and, for the choice of the model, (S,)."""
+def _drawn(posterior: _Posterior, normal: Array, uniform: Array) -> tuple[Array, NDArray[np.intp]]:
+    """Draw values (R, S, N) and their models (R, S) with random numbers (S, N + 1) and, for the choice, (S,)."""
     edges = np.cumsum(posterior.weights, 1)
     run, draw = np.arange(len(edges))[:, None], np.arange(len(uniform))
     edges = run + np.minimum(edges / edges[:, -1:], 1)
@@ -220,10 +226,12 @@ def _drawn(posterior: _Posterior, normal: Array, uniform: Array) -> Array:
     above = special.ndtr(centre / sd) * special.ndtr(-around[bounded, -1] / sd)
     cut = centre - sd * special.ndtri(np.maximum(above, 1e-300))  # the coefficient at 0 or more; the others follow it
     values[bounded] += ((cut - values[bounded, -1]) / sd**2)[:, None] * which
-    return np.asarray(values[:, :, :-1])
+    return np.asarray(values[:, :, :-1]), chosen
 
 
-def _broken(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.random.Generator) -> Array:
+def _broken(
+    last: Array, smooth: Array, moving: NDArray[np.bool_], seen: Seen, steps: Array, rng: np.random.Generator
+) -> Array:
     """Give paths (R, S, m) breaks as often as curves have them, from the last value (R, S).
 
     The chance at an evaluation is that of a curve of n without one, BREAKS / n. From there on the slope is
@@ -235,29 +243,27 @@ def _broken(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.random
     before = np.concatenate([last[:, :, None], smooth], 2)
     at = np.append(0.0, steps)
     out = smooth.copy()
-    stops = rng.permutation(draws)[: int(np.ceil(STOPS * draws))]
-    out[:, stops] = last[:, stops, None]
-    wait[stops] = np.inf
+    stops = rng.uniform(size=draws) < STOPS
     for s in np.flatnonzero(wait < steps[-1]):
         k = int(np.searchsorted(at, wait[s], "right")) - 1  # the last evaluation before the break
         out[:, s, k:] = before[:, s, k, None] + slope[s] * seen.pace[:, None] * (steps[k:] - at[k])
-    return out
+    return np.where((stops & moving)[:, :, None], last[:, :, None], out)
 
 
 def _surprised(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.random.Generator) -> Array:
     """Replace a small share of paths (R, S, m) by what no curve so far announces, from the last value (R, S).
 
-    A fall by the swing at once, all that was moved so far, and on at the steepest pace so far; or a rise at RISE
-    times that pace. Away from the last measured value too. They are few, and far, so that 95 % intervals contain
-    cliffs, kinks and second rises.
+    A fall by the swing at once, all that was moved so far, and on at the steepest fall so far; or a rise at RISE
+    times the pace, by LEAP of the swing at least. Away from the last measured value too. They are few, and far, so that
+    95 % intervals contain cliffs, kinks and second rises.
     """
     draws = smooth.shape[1]
     order = rng.permutation(draws)
     falling, rising = int(np.ceil(FALLS * draws)), int(np.ceil(RISES * draws))
     down, up = order[:falling], order[falling : falling + rising]
     latest = seen.mean[:, -1:]
-    on = seen.pace[:, None, None] * steps
-    fall, rise = seen.swing[:, None, None] + on, RISE * on
+    swing, pace, down_by = (one[:, None, None] for one in (seen.swing, seen.pace, seen.fall))
+    fall, rise = swing + down_by * steps, np.maximum(LEAP * swing, RISE * pace * steps)
     out = smooth.copy()
     out[:, down] = np.minimum(smooth[:, down], np.minimum(last[:, down], latest)[:, :, None] - fall)
     out[:, up] = np.maximum(smooth[:, up], np.maximum(last[:, up], latest)[:, :, None] + rise)
