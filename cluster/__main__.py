@@ -10,13 +10,17 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from configs.errors import UserError
 from configs.load import json_schema, load, load_with_origins, render
 from configs.schema import Recipe
 from configs.validate import Command, suggest, validate
 from trainers.types import InfraError
+
+if TYPE_CHECKING:
+    from trainers.measured import Columns
+    from trainers.mismatch import Settings
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 OVERRIDES = "key=value sets a key of the recipe; lists go by index: reward.components.0.weight=2"
@@ -220,16 +224,24 @@ def _config(args: argparse.Namespace) -> None:
         print(render(load_with_origins(args.config, args.overrides)), end="")
 
 
-def _watch(args: argparse.Namespace) -> None:
-    from cluster import watch
+def _asked(args: argparse.Namespace) -> "tuple[Columns, Settings]":
+    """Return which columns a command that reads runs was told, and what it asks of the alarm."""
     from trainers.measured import Columns
     from trainers.mismatch import Settings
 
+    columns = Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version)
+    return columns, Settings(margin=args.margin, planned=args.planned)
+
+
+def _watch(args: argparse.Namespace) -> None:
+    from cluster import watch
+
+    columns, settings = _asked(args)
     asked = watch.Watch(
         source=args.source,
-        columns=Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version),
+        columns=columns,
         tracking_uri=args.tracking_uri,
-        settings=Settings(margin=args.margin, planned=args.planned),
+        settings=settings,
         kl_budget=args.kl_budget,
         version_budget=args.version_budget,
         as_json=args.json,
@@ -244,12 +256,9 @@ def _report(args: argparse.Namespace) -> None:
     from cluster.report.figures import pictures
     from cluster.report.page import page
     from cluster.report.text import head, text
-    from trainers.measured import Columns
-    from trainers.mismatch import Settings
     from trainers.sources import read
 
-    columns = Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version)
-    settings = Settings(margin=args.margin, planned=args.planned)
+    columns, settings = _asked(args)
     run = read(args.source, columns, args.tracking_uri)
     view = build(run, settings, kl_budget=args.kl_budget, version_budget=args.version_budget)
     print(text(view) if args.text else "\n".join([view.name, *head(view)]))
@@ -261,12 +270,9 @@ def _report(args: argparse.Namespace) -> None:
 def _compare(args: argparse.Namespace) -> None:
     from cluster import compare, report
     from cluster.report.build import build
-    from trainers.measured import Columns
-    from trainers.mismatch import Settings
     from trainers.sources import read_all
 
-    columns = Columns(reward=args.reward, evaluations=tuple(args.eval or ()), kl=args.kl, version=args.version)
-    settings = Settings(margin=args.margin, planned=args.planned)
+    columns, settings = _asked(args)
     sources = [*args.source, *([] if args.experiment is None else [f"mlflow:{args.experiment}"])]
     runs = [run for source in sources for run in read_all(source, columns, args.tracking_uri)]
     compare.check(runs, across_evaluations=args.across_evaluations)  # before anything is computed
