@@ -14,7 +14,7 @@ LEAST_RELIABILITY = 0.3  # share of what was seen that is not measurement error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Estimate:
+class Ratio:
     """One number without unit and its interval; None where nothing is said, see `not_enough`."""
 
     name: str
@@ -27,7 +27,7 @@ class Estimate:
     not_enough: str | None
 
 
-def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 1_000, seed: int = 0) -> Estimate:
+def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 1_000, seed: int = 0) -> Ratio:
     """Return how much of the primary evaluation was gained with the reward since the first version that has both.
 
     The estimand: the least-squares slope, through the base, of the true gains of the evaluation on those of the reward,
@@ -71,10 +71,10 @@ def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 1_000, s
     edges = value, first, last, 2 * value - first, 2 * value - last  # percentile and basic: one alone covers too little
     low, high = (float(np.clip(edge, -1, 1)) for edge in (min(edges), max(edges)))
     value = float(np.clip(value, -1, 1))
-    return Estimate(name=name, estimand=estimand, value=value, low=low, high=high, level=level, n=n, not_enough=None)
+    return Ratio(name=name, estimand=estimand, value=value, low=low, high=high, level=level, n=n, not_enough=None)
 
 
-def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Estimate:
+def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Ratio:
     """Return the part of the reward's rise that a curve of mean lengths explains.
 
     The estimand: slope of the reward's changes on those of the length between consecutive versions, beyond the mean
@@ -116,7 +116,7 @@ def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Estim
     if reward.covariance is None or length.covariance is None:
         variance += float(np.sum((changes - slope * moves) ** 2) / (n - 3) / left) * (drift / rise) ** 2
     half = float(stats.t.ppf((1 + level) / 2, n - 3) * np.sqrt(variance))
-    return Estimate(
+    return Ratio(
         name=name,
         estimand=estimand,
         value=value,
@@ -136,7 +136,7 @@ def length_share_of_prompts(
     level: float = 0.95,
     draws: int = 500,
     seed: int = 0,
-) -> Estimate:
+) -> Ratio:
     """Return the part of the reward's rise that length explains, from the same N prompts at n versions, both (n, N).
 
     The estimand: the slope of the reward on the length of the same prompt, at the same version, times the rise of the
@@ -167,7 +167,7 @@ def length_share_of_prompts(
     if not np.all(np.isfinite(shares)):
         return _nothing(name, estimand, level, n, "not enough: the lengths do not vary within prompts and versions")
     low, high = np.quantile(shares[1:], [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(
+    return Ratio(
         name=name,
         estimand=estimand,
         value=float(shares[0]),
@@ -238,5 +238,5 @@ def _calibrated(
     return float(min((1 - level) / 2, np.quantile(kept, 1 - level)))
 
 
-def _nothing(name: str, estimand: str, level: float, n: int, why: str) -> Estimate:
-    return Estimate(name=name, estimand=estimand, value=None, low=None, high=None, level=level, n=n, not_enough=why)
+def _nothing(name: str, estimand: str, level: float, n: int, why: str) -> Ratio:
+    return Ratio(name=name, estimand=estimand, value=None, low=None, high=None, level=level, n=n, not_enough=why)
