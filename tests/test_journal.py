@@ -203,7 +203,7 @@ def test_a_fallen_evaluation_is_told_and_ends_the_run_where_the_recipe_says_so(t
 
 
 def test_each_fall_raises_the_kl_coefficient_once_whatever_is_resumed(tmp_path: Path) -> None:
-    """Gold falls at 4, is back at 8 and falls again at 12; the run is resumed while the first fall stands."""
+    """Gold falls at 4 and 12, seen a point later, and is back at 8; the run is resumed while the first fall stands."""
     where, kl = tmp_path / "run", KLCoefficient(config=KL(), value=0.05)
     levels = [0, 1, 2, 3, 0, 0, 0, 3, 4, 5, 6, 7, 1, 1, 1]
     values = []
@@ -219,9 +219,9 @@ def test_each_fall_raises_the_kl_coefficient_once_whatever_is_resumed(tmp_path: 
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     asyncio.run(play(1, 6))
     asyncio.run(play(6, 15))
-    assert values == [0.05] * 3 + [0.2] * 8 + [0.8] * 3
+    assert values == [0.05] * 4 + [0.2] * 8 + [0.8] * 2
     taken = [r["value"] for r in read_spool(where / "metrics.jsonl") if r.get("key") == "alarm.action_taken"]
-    assert taken == ["raise_kl on the evaluation of version 4", "raise_kl on the evaluation of version 12"]
+    assert taken == ["raise_kl on the evaluation of version 5", "raise_kl on the evaluation of version 13"]
 
 
 def test_after_the_last_step_nothing_is_raised(tmp_path: Path) -> None:
@@ -231,7 +231,8 @@ def test_after_the_last_step_nothing_is_raised(tmp_path: Path) -> None:
         for version in range(1, 9):
             await step(journal, version)
             if version < 8:
-                await evaluate(journal, version, 1.0, prompts=50)
+                await evaluate(journal, version, float(version < 7), prompts=50)
+        assert journal.state == "aligned"  # one low point is no fall
         await evaluate(journal, 8, 0.0, prompts=50)
         assert journal.state is not None and journal.state != "aligned"
         return kl.value
