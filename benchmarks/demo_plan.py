@@ -3,6 +3,7 @@
 Nothing here is chosen by looking at a result of SEEDS; whatever is tried out is tried on TRIAL_SEEDS.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,7 +107,7 @@ def cells() -> tuple[Cell, ...]:
 def jobs(seeds: Sequence[int] = SEEDS) -> tuple[Job, ...]:
     """Return all jobs in the order in which they are run: what is asked first comes first.
 
-    The arms and the grid go seed by seed, so that whatever the time allows is complete for its seeds.
+    The grid and the arms take turns, seed by seed, so that whatever the time allows is complete for its seeds.
     """
     whole = [job for cell in cells()[:4] for job in of_cell(cell, seeds)]
     arms = [
@@ -114,9 +115,10 @@ def jobs(seeds: Sequence[int] = SEEDS) -> tuple[Job, ...]:
         for job in of_cell(cells()[0], seeds)
         for arm in ARMS
     ]
-    columns = [of_cell(cell, seeds) for cell in cells()[4:]]
-    grid = [job for of_seed in zip(*columns, strict=True) for job in of_seed]
-    return (*whole, *arms, *grid)
+    grid = list(zip(*(of_cell(cell, seeds) for cell in cells()[4:]), strict=True))
+    turn = math.ceil(len(arms) / len(ARMS) / len(grid)) * len(ARMS)
+    rest = [job for number, row in enumerate(grid) for job in (*row, *arms[number * turn : (number + 1) * turn])]
+    return (*whole, *rest)
 
 
 def of_cell(cell: Cell, seeds: Sequence[int]) -> list[Job]:

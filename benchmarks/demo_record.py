@@ -62,7 +62,7 @@ def record(directory: Path, recipe: Recipe) -> Row:
         "told": said,
         "alarm": alarm_of(said),
         "findings": findings,
-        "truth": outcome(truth, chosen_by_rule(findings)),
+        "truth": outcome(truth, chosen_by_rule(findings), alarm_of(said)),
         "reward_model": {
             "first": accuracy(recipe, answers[min(answers)]),
             "last": accuracy(recipe, answers[max(answers)]),
@@ -105,8 +105,8 @@ def chosen_by_rule(findings: Mapping[str, Any]) -> dict[str, int | None]:
     return {"chosen": findings["chosen_version"]} | {one["rule"]: one["version"] for one in findings["rivals"]}
 
 
-def outcome(truth: Curve, rules: Mapping[str, int | None]) -> Row:
-    """Return what gold truly did, and the share of its gain that each rule's version keeps.
+def outcome(truth: Curve, rules: Mapping[str, int | None], alarm: Row | None) -> Row:
+    """Return what gold truly did, up to the alarm too, and the share of its gain that each rule's version keeps.
 
     `truth` has a covariance. The gain is that of the largest smoothed value over the first version as measured, which
     is biased upward by chance, so the shares are biased downward. None where gold did not rise by SURE standard errors.
@@ -120,6 +120,7 @@ def outcome(truth: Curve, rules: Mapping[str, int | None]) -> Row:
     places = {int(version): place for place, version in enumerate(truth.versions)}
     at = {rule: places[version] for rule, version in rules.items() if version in places}
     rose = rise["value"] > SURE * rise["se"]
+    claim = [places.get(alarm[key]) for key in ("since", "version")] if alarm else []
     return {
         "prompts": truth.prompts,
         "versions": truth.versions.tolist(),
@@ -129,6 +130,8 @@ def outcome(truth: Curve, rules: Mapping[str, int | None]) -> Row:
         "peak_version": int(truth.versions[top]),
         "rise": rise,
         "fall": fall,
+        # What the alarm says: gold at its version is below that at `since`. A resumed copy has not sampled all again.
+        "at_alarm": _difference(truth, *claim) if claim and None not in claim else None,
         "rose": bool(rose),
         "fell": bool(fall["value"] > SURE * fall["se"]),
         "gain": gain,

@@ -161,13 +161,22 @@ def phases(found: Mapping[str, Sequence[Row]], planned: Sequence[Cell]) -> list[
         rows.append((
             f"{cell.name}: {cell.about}", f"{len(good)} of {cell.seeds}", len(runs) - len(good),
             share(sum(map(parted, good)), len(good)), share(sum(falls), len(good)), sum(alarms),
-            sum(raised and not fell for raised, fell in zip(alarms, falls, strict=True)),
+            sum(row["alarm"] is not None and row["truth"]["at_alarm"]["value"] >= 0 for row in good),
             sum(fell and not raised for raised, fell in zip(alarms, falls, strict=True)),
             " → ".join(f"{value:.2f}" for value in (means[0], top, means[1])) if good else "-", median(kept),
             f"{np.mean([row['world']['reward_accuracy'] for row in good]):.2f}" if good else "-",
         ))  # fmt: skip
     titles = (
-        *("cell", "runs", "failed", "said parted", "gold fell", "alarms", "alarm, no fall", "fall, no alarm"),
+        *(
+            "cell",
+            "runs",
+            "failed",
+            "said parted",
+            "gold fell",
+            "alarms",
+            "alarm, gold not lower then",
+            "fall, no alarm",
+        ),
         *("gold: start → best → end", "gain kept", "reward model's accuracy"),
     )
     return table(titles, rows)

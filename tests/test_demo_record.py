@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from benchmarks import demo_report
 from benchmarks.demo_plan import SEEDS, jobs
 from benchmarks.demo_queue import Results
-from benchmarks.demo_record import WEIGHTS, agreement, alarm_of, as_hf, branch, golds_of, outcome, told, untouched
+from benchmarks.demo_record import agreement, alarm_of, as_hf, branch, golds_of, outcome, told, untouched
 from benchmarks.demo_seeds import after, checkpoints, fresh
-from tests.tiny import tiny_model
+from tests.ranks import random_batch, recipe, tiny_policy
 from trainers import world
 from trainers.checkpoint import find_latest, save
+from trainers.learner import Learner
 from trainers.mismatch import from_means, from_scores
-from trainers.models import load_policy
 from trainers.records import write_evaluations
 from trainers.rundir import RunDir
 from trainers.types import Evaluation
@@ -51,20 +51,26 @@ def test_what_a_run_said_is_read_in_order_and_a_resume_takes_back_what_came_afte
 def test_shares_of_the_gain_by_hand() -> None:
     mean = [0.2, 0.3, 0.4, 0.35, 0.1]
     truth = from_means("gold", [0, 4, 8, 12, 16], mean, [1e-4] * 5)
-    found = outcome(truth, {"chosen": 12, "last": 16, "highest reward": 8, "not evaluated": 20, "none": None})
+    found = outcome(truth, {"chosen": 12, "last": 16, "highest reward": 8, "not evaluated": 20, "none": None}, None)
+    assert found["at_alarm"] is None
     assert found["peak_version"] == 8 and found["rose"] and found["fell"]
     assert found["rise"] == pytest.approx({"value": 0.2, "se": 1e-4 * 2**0.5})
     assert found["fall"] == pytest.approx({"value": 0.3, "se": 1e-4 * 2**0.5})
     assert found["kept"] == pytest.approx({"chosen": 0.75, "last": -0.5, "highest reward": 1.0}, abs=0.01)
-    falling = outcome(from_means("gold", [0, 4, 8], [0.4, 0.3, 0.1], [1e-4] * 3), {"chosen": 0})
+    falling = outcome(
+        from_means("gold", [0, 4, 8], [0.4, 0.3, 0.1], [1e-4] * 3), {"chosen": 0}, {"since": 0, "version": 8}
+    )
     assert (falling["rose"], falling["fell"], falling["kept"]) == (False, True, None)
-    rising = outcome(from_means("gold", [0, 4, 8], [0.1, 0.3, 0.4], [1e-4] * 3), {"chosen": 8})
-    assert (rising["rose"], rising["fell"]) == (True, False)
+    assert falling["at_alarm"] == pytest.approx({"value": -0.3, "se": 1e-4 * 2**0.5})
+    rising = outcome(
+        from_means("gold", [0, 4, 8], [0.1, 0.3, 0.4], [1e-4] * 3), {"chosen": 8}, {"since": 2, "version": 8}
+    )
+    assert (rising["rose"], rising["fell"], rising["at_alarm"]) == (True, False, None)
 
 
 def test_a_flat_curve_neither_rises_nor_falls_more_often_than_two_standard_errors_allow() -> None:
     rng = np.random.default_rng(0)
-    runs = [outcome(from_scores("gold", range(6), rng.normal(size=(6, 100))), {}) for _ in range(40)]
+    runs = [outcome(from_scores("gold", range(6), rng.normal(size=(6, 100))), {}, None) for _ in range(40)]
     # The peak is the largest of six smoothed values, so somewhat more often than 2.3 %.
     assert sum(run["rose"] for run in runs) <= 8 and sum(run["fell"] for run in runs) <= 8
 
@@ -107,45 +113,34 @@ def test_gold_of_a_version_is_the_mean_over_its_answers() -> None:
     assert golds_of(answers) == pytest.approx(np.array([[0.5, -0.05]]))
 
 
-@pytest.fixture
-def parent(tmp_path: Path) -> Path:
-    """Make what a run leaves, with a checkpoint of each of three versions."""
-    run = tmp_path / "parent"
-    tiny_model(tmp_path / "start", tied=False, seed=0)
-    policy = load_policy(tmp_path / "start", "float32")
+def test_a_branch_goes_on_from_a_checkpoint_with_another_kl_coefficient(tmp_path: Path) -> None:
+    run, start = tmp_path / "run", tiny_policy(tmp_path / "start", tied=False)
+    config = recipe(start, learner={"zero": 0}, algorithm={"kl": {"coefficient": 0.02}})
+    learner = Learner(config)
+    states = {}
     for version in (4, 8, 12):
-
-        def write(path: Path, version: int = version) -> None:
-            (path / WEIGHTS).parent.mkdir(parents=True)
-            module = {name: tensor + version for name, tensor in policy.state_dict().items()}
-            torch.save({"module": module, "extra": {"kl_coefficient": 0.02}}, path / WEIGHTS)
-
-        save(run / "checkpoints", version, write, {"version": version, "position": 8 * version})
+        learner.step(random_batch(seed=version))
+        states[version] = learner.state_dict_for_publish()
+        meta = {"version": version, "position": 8 * version}
+        save(run / "checkpoints", version, lambda path: learner.save(path / "policy"), meta)
     for name in ("metrics.jsonl", "metrics.sent", "mlflow_run_id", "uid", "config.yaml", "ledger.jsonl"):
         (run / name).write_text(f"{name}\n")
-    return run
 
-
-def test_a_branch_is_the_run_at_a_checkpoint_with_another_kl_coefficient(parent: Path, tmp_path: Path) -> None:
-    branch(parent, tmp_path / "copy", 8, 4)
-    found = find_latest(tmp_path / "copy" / "checkpoints")
-    assert found is not None and found[1] == {"version": 8, "position": 64} and checkpoints(tmp_path / "copy") == [8]
-    mine, theirs = (
-        torch.load(run / "checkpoints" / "step-000008" / WEIGHTS, weights_only=False)
-        for run in (tmp_path / "copy", parent)
-    )
-    assert (mine["extra"]["kl_coefficient"], theirs["extra"]["kl_coefficient"]) == (0.08, 0.02)
-    assert all(torch.equal(mine["module"][name], tensor) for name, tensor in theirs["module"].items())
+    branch(run, tmp_path / "copy", 8, 4)
     names = {path.name for path in (tmp_path / "copy").iterdir()}
     assert names == {"checkpoints", "metrics.jsonl", "config.yaml", "ledger.jsonl"}  # another run in MLflow
-    assert checkpoints(parent) == [4, 8, 12]
+    assert (checkpoints(tmp_path / "copy"), checkpoints(run)) == ([8], [4, 8, 12])
+    found = find_latest(tmp_path / "copy" / "checkpoints")
+    assert found is not None and found[1] == {"version": 8, "position": 64}
+    again = Learner(config)
+    again.load(found[0] / "policy")
+    assert (learner.kl.value, again.kl.value) == (0.02, 0.08)
+    for name, tensor in again.state_dict_for_publish().items():
+        assert torch.equal(tensor, states[8][name]) and not torch.equal(tensor, states[12][name])
 
-
-def test_a_checkpoint_is_read_as_the_model_that_was_trained(parent: Path, tmp_path: Path) -> None:
-    start = tmp_path / "start"
-    as_hf(parent / "checkpoints" / "step-000012", str(start), tmp_path / "hf")
-    before, now = (load_file(path / "model.safetensors") for path in (start, tmp_path / "hf"))
-    assert before.keys() == now.keys() and all(torch.equal(now[name], before[name] + 12) for name in before)
+    as_hf(run / "checkpoints" / "step-000012", start, tmp_path / "hf")
+    for name, tensor in load_file(tmp_path / "hf" / "model.safetensors").items():
+        assert torch.equal(tensor, states[12][name])
 
 
 def test_arms_go_on_from_the_first_checkpoint_after_the_alarm_was_told() -> None:
@@ -169,7 +164,8 @@ def recorded(cell: str, seed: int, state: str | None = "parted", fell: bool = Tr
         "findings": {"chosen_version": 16, "chosen_value": {"value": 0.41 + seed % 2 / 50, "low": 0.3, "high": 0.5}},
         "truth": {
             "versions": [0, 16, 48], "mean": mean, "se": [0.02] * 3, "smoothed": mean, "peak_version": 16,
-            "rose": True, "fell": fell, "gain": 0.2, "kept": {"chosen": 0.9 + seed % 10 / 100, "last": -1.0},
+            "rose": True, "fell": fell, "at_alarm": {"value": -0.1 if fell else 0.0, "se": 0.02} if state else None,
+            "gain": 0.2, "kept": {"chosen": 0.9 + seed % 10 / 100, "last": -1.0},
         },
         "evaluations": {"helpdesk/reward": {"mean": [-1.0, 0.0, 1.2]}},
         "kl": {"mean": [0.0, 0.3]},

@@ -30,6 +30,7 @@ def test_every_cell_is_planned_on_its_seeds_once() -> None:
     planned = jobs()
     assert len({job.name for job in planned}) == len(planned) == 2 * 20 + 2 * 5 + 3 * 20 + 11 * 5
     assert [job.cell for job in planned[:40]] == ["demo"] * 20 + ["worlds"] * 20
+    assert [job.cell for job in planned[50:73]] == [cell.name for cell in cells()[4:]] + [arm.name for arm in ARMS] * 4
     grid = {(cell.beta, cell.bias) for cell in cells()[4:]}
     assert grid | {demo_plan.DEMO} == {(beta, bias) for beta in BETAS for bias in BIASES}
     # The grid's middle is not run twice: `worlds` has its first seeds, with all that a cell of the grid has.
