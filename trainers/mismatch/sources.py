@@ -12,7 +12,7 @@ from trainers.types import Evaluation
 
 Table = Mapping[str, Sequence[Any]]
 SHOWN = 40  # characters of a cell
-MOST = 2**53  # a float holds every whole number up to it
+LARGEST_VERSION = 2**53  # a float holds every whole number up to it
 
 
 def from_table(
@@ -132,7 +132,7 @@ def _version(cell: Any, row: int) -> int:
         number = math.nan if _missing(cell) else float(cell)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not number.is_integer() or abs(number) > MOST:
+    if not number.is_integer() or abs(number) > LARGEST_VERSION:
         raise UserError(
             f"row {row + 1}: {repr(cell)[:SHOWN]} is no policy version: it must be a whole number, at most 2^53"
         )
