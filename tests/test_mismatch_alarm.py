@@ -107,6 +107,14 @@ def test_a_boundary_does_not_move_when_points_are_added() -> None:
     np.testing.assert_allclose(few, many[:6], atol=1e-4)
 
 
+def test_a_boundary_spends_its_alpha_by_counting_runs() -> None:
+    maxima = np.full((3, 100), -np.inf, np.float32)
+    maxima[1], maxima[2] = np.arange(100), np.arange(100)[::-1]
+    # 5 runs at each look: 95 to 99 at the first; of the others those of 99, 98, 97, 96 and 95 at the second
+    np.testing.assert_array_equal(scan.boundary(maxima, 0.1, 3), [np.inf, 95, 95])
+    np.testing.assert_array_equal(scan.boundary(maxima, 0.005, 3), [np.inf, np.inf, np.inf])
+
+
 @pytest.mark.parametrize("planned", [POINTS, None])
 def test_false_alarms_on_a_constant_path(planned: int | None) -> None:
     rate = crossed(noise(), planned)

@@ -202,10 +202,10 @@ def boundary(maxima: Runs, alpha: float, planned: int | None = None) -> Array:
     for look in range(1, points if planned is None else min(points, planned)):
         spent = look / (look + HALF_SPENT) if planned is None else look / (planned - 1)
         crossing = int(alpha * spent * runs) - int(np.sum(~alive))
-        row = maxima[look][alive]
-        place = len(row) - crossing - 1
-        out[look] = np.partition(row, place)[place]
-        alive[alive] = row <= out[look]
+        if crossing > 0:  # one more run lies beyond the n-th largest of m with probability n / (m + 1)
+            row = maxima[look][alive]
+            out[look] = np.partition(row, -crossing)[-crossing]
+            alive[alive] = row < out[look]
     return out
 
 
