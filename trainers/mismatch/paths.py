@@ -28,7 +28,7 @@ LEVEL_FLOOR = 0.1  # of the draws: a random walk, the least it is given
 STOPS = 0.45  # of the draws: the path stays where it is
 BREAKS = 1.0  # expected in as many evaluations as lie behind
 FALLS, RISES = 0.035, 0.035  # share of the draws in which a surprise comes at once
-RISE, LEAP = 1.5, 0.4  # of a rise that comes as a surprise: its pace, in the steepest so far; at least, in swings
+RISE, LEAP = 1.5, 0.6  # of a rise that comes as a surprise: its pace, in the steepest so far; at least, in swings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,7 +57,7 @@ class Seen:
     unit: Array  # (R,) standard error, widened where it is understated, in the evaluation's unit
     swing: Array  # (R,) what the value has moved so far, at least 3 standard errors
     pace: Array  # (R,) the steepest change so far, a step, less what the errors add to it
-    fall: Array  # (R,) the steepest fall so far, a step, at least the pace; over two steps it counts too
+    fall: Array  # (R,) over the last two steps, a step, less one standard error
     length: float  # x = 1, in sqrt(KL) or versions
 
 
@@ -103,7 +103,6 @@ def standardise(mean: Array, covariance: Array, versions: Integers, distance: Ar
     apart = max(2, len(steps) // 3)
     moved, over = np.abs(values[:, apart:] - values[:, :-apart]), steps[apart:] - steps[:-apart]
     pace = np.maximum(np.max(np.sqrt(np.maximum(moved**2 - 2, 0)) / over, 1), 1 / steps[-1])
-    fallen = np.maximum(values[:, :-2] - values[:, 2:] - 2 * np.sqrt(2), 0)  # by more than two standard errors
     return Seen(
         x=distance / distance.max(),
         steps=steps,
@@ -113,7 +112,7 @@ def standardise(mean: Array, covariance: Array, versions: Integers, distance: Ar
         unit=unit,
         swing=np.hypot(np.ptp(smooth, 1), 3),
         pace=pace,
-        fall=np.maximum(pace, np.max(fallen / (steps[2:] - steps[:-2]), 1)),
+        fall=np.maximum(values[:, -3] - values[:, -1] - np.sqrt(2), 0) / (steps[-1] - steps[-3]),
         length=float(distance.max()),
     )
 
@@ -253,8 +252,8 @@ def _broken(
 def _surprised(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.random.Generator) -> Array:
     """Replace a small share of paths (R, S, m) by what no curve so far announces, from the last value (R, S).
 
-    A fall by the swing at once, all that was moved so far, and on at the steepest fall so far; or a rise at RISE
-    times the pace, by LEAP of the swing at least. Away from the last measured value too. They are few, and far, so that
+    A fall by the swing at once, all that was moved so far, and on at the pace and twice the present fall; or a rise at
+    RISE times the pace, by LEAP of the swing at least. Away from the last measured value too. They are few, and far, so that
     95 % intervals contain cliffs, kinks and second rises.
     """
     draws = smooth.shape[1]
@@ -262,8 +261,8 @@ def _surprised(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.ran
     falling, rising = int(np.ceil(FALLS * draws)), int(np.ceil(RISES * draws))
     down, up = order[:falling], order[falling : falling + rising]
     latest = seen.mean[:, -1:]
-    swing, pace, down_by = (one[:, None, None] for one in (seen.swing, seen.pace, seen.fall))
-    fall, rise = swing + down_by * steps, np.maximum(LEAP * swing, RISE * pace * steps)
+    swing, pace, falling = (one[:, None, None] for one in (seen.swing, seen.pace, seen.fall))
+    fall, rise = swing + (pace + 2 * falling) * steps, np.maximum(LEAP * swing, RISE * pace * steps)
     out = smooth.copy()
     out[:, down] = np.minimum(smooth[:, down], np.minimum(last[:, down], latest)[:, :, None] - fall)
     out[:, up] = np.maximum(smooth[:, up], np.maximum(last[:, up], latest)[:, :, None] + rise)
