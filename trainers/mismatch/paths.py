@@ -2,8 +2,8 @@
 
 The models (`trainers.mismatch.models`) are weighted by how well each would have forecast every evaluation from those
 before it: the product of their one-step predictive densities (prequential weights, Dawid 1984). A random walk, which is
-persistence with its error, is among them and keeps LEVEL_FLOOR; in STOPS of the draws the path stays where the average
-has it now. A mixture's CRPS is at most the mixture of the CRPS, so the average is never much worse than persistence.
+persistence with its error, is among them and keeps LEVEL_FLOOR; in STOPS of the other draws the path stays where it is
+now. A mixture's CRPS is at most the mixture of the CRPS, so that the average keeps near persistence where trends end.
 What no curve can announce is drawn apart, see `_broken` and `_surprised`. The shares were chosen on simulated runs of
 other shapes than those that benchmarks/forecast.py reports.
 """
@@ -20,12 +20,13 @@ from trainers.mismatch import scan
 from trainers.mismatch.models import models
 from trainers.mismatch.series import Array, Curve, Integers
 
+Which = NDArray[np.bool_]
 LawName = Literal["best-of-n", "rl"]
 LAWS: tuple[LawName, ...] = ("best-of-n", "rl")
 
 FEWEST = 6  # evaluated versions
-LEVEL_FLOOR = 0.1  # of the draws: a random walk, the least it is given
-STOPS = 0.45  # of the draws: the path stays where it is
+LEVEL_FLOOR = 0.1  # of the draws follow a random walk, at least
+STOPS = 0.45  # of the other draws stay where they are
 BREAKS = 1.0  # expected in as many evaluations as lie behind
 FALLS, RISES = 0.035, 0.035  # share of the draws in which a surprise comes at once
 RISE, LEAP = 1.5, 0.6  # of a rise that comes as a surprise: its pace, in the steepest so far; at least, in swings
@@ -181,7 +182,7 @@ class _Posterior:
     root: Array  # (G, N + 1, N + 1) of the covariance
 
 
-def _posterior(seen: Seen, rows: Array, covariance: Array, prior: Array, still: Array) -> _Posterior:
+def _posterior(seen: Seen, rows: Which, covariance: Array, prior: Array, still: Which) -> _Posterior:
     """Condition models with `covariance` (G, N + 1, N + 1) on the runs at `rows`."""
     n = len(seen.x)
     lower = np.linalg.cholesky(covariance[:, :n, :n] + seen.covariance)
@@ -200,7 +201,7 @@ def _posterior(seen: Seen, rows: Array, covariance: Array, prior: Array, still: 
     return _Posterior(weights=weights, mean=mean, root=root)
 
 
-def _weights(scores: Array, still: Array) -> Array:
+def _weights(scores: Array, still: Which) -> Array:
     """Return weights (R, G) from log scores; those of the models that are `still` (G,) sum to LEVEL_FLOOR or more."""
     weights = special.softmax(scores, axis=1)
     share = weights[:, still].sum(1, keepdims=True)
@@ -228,13 +229,11 @@ def _drawn(posterior: _Posterior, normal: Array, uniform: Array) -> tuple[Array,
     return np.asarray(values[:, :, :-1]), chosen
 
 
-def _broken(
-    last: Array, smooth: Array, moving: NDArray[np.bool_], seen: Seen, steps: Array, rng: np.random.Generator
-) -> Array:
-    """Give paths (R, S, m) breaks as often as curves have them, from the last value (R, S).
+def _broken(last: Array, smooth: Array, moving: Which, seen: Seen, steps: Array, rng: np.random.Generator) -> Array:
+    """Give paths (R, S, m) breaks, from the last value (R, S); STOPS of those that are `moving` stand still instead.
 
-    The chance at an evaluation is that of a curve of n without one, BREAKS / n. From there on the slope is
-    0 in half of the paths; in the others it is of either sign, its size exponential with mean the pace.
+    BREAKS come in as many evaluations as lie behind: one that was never seen. From there on the slope is 0 in half of
+    the paths; in the others it is of either sign, its size exponential with mean the pace.
     """
     draws = smooth.shape[1]
     wait = np.asarray(rng.exponential(len(seen.x) / BREAKS, draws))
@@ -253,13 +252,13 @@ def _surprised(last: Array, smooth: Array, seen: Seen, steps: Array, rng: np.ran
     """Replace a small share of paths (R, S, m) by what no curve so far announces, from the last value (R, S).
 
     A fall by the swing at once, all that was moved so far, and on at the pace and twice the present fall; or a rise at
-    RISE times the pace, by LEAP of the swing at least. Away from the last measured value too. They are few, and far, so that
-    95 % intervals contain cliffs, kinks and second rises.
+    RISE times the pace, by LEAP of the swing at least. Away from the last measured value too. They are few, and far, so
+    that 95 % intervals contain cliffs, kinks and second rises.
     """
     draws = smooth.shape[1]
     order = rng.permutation(draws)
-    falling, rising = int(np.ceil(FALLS * draws)), int(np.ceil(RISES * draws))
-    down, up = order[:falling], order[falling : falling + rising]
+    falls, rises = int(np.ceil(FALLS * draws)), int(np.ceil(RISES * draws))
+    down, up = order[:falls], order[falls : falls + rises]
     latest = seen.mean[:, -1:]
     swing, pace, falling = (one[:, None, None] for one in (seen.swing, seen.pace, seen.fall))
     fall, rise = swing + (pace + 2 * falling) * steps, np.maximum(LEAP * swing, RISE * pace * steps)
