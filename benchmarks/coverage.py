@@ -7,7 +7,6 @@ those of the evaluation `se`. A truth stands still from run to run; the errors a
 """
 
 import argparse
-import csv
 import itertools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from benchmarks.forecast import line, written
 from trainers.mismatch import Curve, Series, between, from_means, length_share, length_share_of_prompts, proxy_gold_gap
 
 Array = NDArray[np.float64]
@@ -170,27 +170,36 @@ def _cell(number: str, truth: str, points: int, se: float, true: float, said: li
     )
 
 
+def by_truth(cells: list[Cell]) -> list[dict[str, object]]:
+    """Put the standard errors of a number and truth side by side: coverage, median width, share silent where not 0."""
+    rows: dict[tuple[str, str, int], dict[str, object]] = {}
+    for cell in cells:
+        first = {"number": cell.number, "truth": cell.truth, "K": cell.points, "true": f"{cell.true:+.2f}"}
+        row = rows.setdefault((cell.number, cell.truth, cell.points), first)
+        silent = f", silent {cell.silent:.2f}" if cell.silent else ""
+        row[f"SE {cell.se:g}"] = f"{cell.coverage:.3f}, {cell.width:.2f}{silent}"
+    return list(rows.values())
+
+
 def main() -> None:
-    """Print one line a cell, and write the same as CSV."""
+    """Print one line a cell; write coverage.csv, and tables by what is said, a row a truth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1_000, help="simulated runs a cell")
-    parser.add_argument("--out", type=Path, help="folder for coverage.md and coverage.csv")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     options = parser.parse_args()
-    lines = ["| number | truth | K | SE | true | runs | coverage | median width | silent |", "|---" * 9 + "|"]
-    print("\n".join(lines), flush=True)
-    cells = []
-    for cell in itertools.chain(correlations(options.runs), gaps(options.runs), shares(options.runs)):
-        cells.append(cell)
-        numbers = f"{cell.true:+.2f} | {cell.runs} | {cell.coverage:.3f} | {cell.width:.2f} | {cell.silent:.2f}"
-        lines.append(f"| {cell.number} | {cell.truth} | {cell.points} | {cell.se:g} | {numbers} |")
-        print(lines[-1], flush=True)
-    if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "coverage.md").write_text("\n".join(lines) + "\n")
-        with (options.out / "coverage.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(asdict(cells[0])))
-            writer.writeheader()
-            writer.writerows(asdict(cell) for cell in cells)
+    options.out.mkdir(parents=True, exist_ok=True)
+    tables = {"correlations": correlations, "gap": gaps, "length": shares}
+    every: list[dict[str, object]] = []
+    for name, measured in tables.items():
+        cells = []
+        for cell in measured(options.runs):
+            cells.append(cell)
+            print(line(asdict(cell)), flush=True)
+        every += [asdict(cell) for cell in cells]
+        rows = by_truth(cells)
+        for place, kind in enumerate(dict.fromkeys((*row,) for row in rows)):  # prompts have no standard error to vary
+            written([row for row in rows if (*row,) == kind], options.out / (f"{name}_{place}" if place else name))
+    written(every, options.out / "coverage")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Headroom:
     low: float | None  # None: nothing is said on this side, see reason
     high: float | None
     level: float
-    smooth_low: float | None  # the same, were there no break that no curve announces
+    smooth_low: float | None  # the same without surprises: breaks that no curve announces
     smooth_high: float | None
     weights: tuple[tuple[str, float], ...]  # of the models; none: not enough
     laws: tuple[paths.Law, ...]  # each law alone, without the doubt which one holds
@@ -62,9 +62,9 @@ class Forecast:
     low: float | None
     high: float | None
     level: float
-    smooth_low: float | None  # the same, were there no break that no curve announces
+    smooth_low: float | None  # the same without surprises: breaks that no curve announces
     smooth_high: float | None
-    draws: Array  # (S,) sorted; empty: not identified
+    draws: Array  # (S,) sorted, without surprises; empty: not identified
     persistence: tuple[float, float] | None  # the baseline: last measured value and its standard error
     not_identified: str | None  # why nothing is said
 
@@ -75,7 +75,7 @@ class Gains:
 
     low: Array  # (R,)
     high: Array
-    smooth: tuple[Array, Array]  # the same, were there no break that no curve announces
+    smooth: tuple[Array, Array]  # the same without surprises: breaks that no curve announces
     moved: Array  # (R,) what the curve has moved so far
     weights: dict[str, Array]  # by model (R,)
 
@@ -84,10 +84,10 @@ class Gains:
 class Outlook:
     """Forecasts of R runs at m evaluations to come, in the evaluation's unit."""
 
-    draws: Array  # (R, m, S) sorted
+    draws: Array  # (R, m, S) sorted, without surprises
     low: Array  # (R, m)
     high: Array
-    smooth: tuple[Array, Array]  # the same, were there no break that no curve announces
+    smooth: tuple[Array, Array]  # the same without surprises: breaks that no curve announces
     identified: NDArray[np.bool_]  # (R, m)
 
 

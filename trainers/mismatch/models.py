@@ -43,11 +43,6 @@ class Models:
     prior: Array  # (G,) probabilities: UNMOVED for those in STILL; the names are equally likely, and the models of one
     covariance: Array  # (G, N + 1, N + 1); the last row is the coefficient's, 0 where a model has none
 
-    @property
-    def bounded(self) -> Array:
-        """Whether (G,) a model holds a coefficient at 0 or more."""
-        return np.asarray(self.covariance[:, -1, -1] > 0)
-
 
 def models(time: Array, distances: Array, seen: int) -> Models:
     """Return every model at `time` (N,), of which the first `seen` lie behind, and at `distances` (k, N).
