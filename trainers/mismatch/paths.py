@@ -88,7 +88,7 @@ def errors_of(curve: Curve) -> Array:
 def standardise(mean: Array, covariance: Array, versions: Integers, distance: Array) -> Seen:
     """Bring R curves (R, n) of n >= FEWEST versions, at `distance` (n,) from the base, to units of their own.
 
-    All have errors of `covariance` (n, n), widened where a run's second differences show that they are understated
+    All have errors of `covariance` (n, n), widened where the run shows that they are understated
     (`scan.noise_scale`). Raises ValueError where no distance is positive.
     """
     if distance.max() <= 0:
@@ -96,7 +96,7 @@ def standardise(mean: Array, covariance: Array, versions: Integers, distance: Ar
     variance = np.diag(covariance)
     between = variance[1:] + variance[:-1] - 2 * np.diag(covariance, 1)  # neighbours share a part of their errors
     se = float(np.median(np.sqrt(between / 2)))
-    unit = se * scan.noise_scale(mean.T, covariance)[-1].astype(np.float64)
+    unit = se * scan.noise_scale(mean.T, covariance, versions)[-1].astype(np.float64)
     values = (mean - mean[:, :1]) / unit[:, None]
     smooth = (values[:, 2:] + values[:, 1:-1] + values[:, :-2]) / 3
     time = versions.astype(np.float64)
