@@ -14,7 +14,7 @@ from benchmarks.selection import KEPT, NO_GAIN, RIVALS, SAMPLES, cells, measure,
 from configs.errors import UserError
 from trainers.mismatch import Curve, Series, choose, from_means, from_scores, report, rivals, shortlist
 from trainers.mismatch.selection import pool
-from trainers.mismatch.smoothing import AMPLITUDES, JUMPS, LENGTHS, smooth
+from trainers.mismatch.smoothing import AMPLITUDES, JUMPS, LENGTHS, smooth, steadied
 
 POINTS = 10
 VERSIONS = list(range(0, 10 * POINTS, 10))
@@ -55,6 +55,18 @@ def test_smoothing_is_the_average_of_gaussian_processes_by_the_density_of_differ
     between = sum(w * np.outer(m - expected, m - expected) for w, m in zip(weights, means, strict=True))
     np.testing.assert_allclose(mean, expected, atol=1e-8)
     np.testing.assert_allclose(covariance, within + between, atol=1e-8)
+
+
+def test_correlations_of_few_prompts_are_drawn_towards_their_mean() -> None:
+    correlation = np.array([[1, 0.9, 0.3], [0.9, 1, 0.6], [0.3, 0.6, 1]])
+    sd = np.array([1.0, 2.0, 3.0])
+    drawn = steadied(np.outer(sd, sd) * correlation, prompts=6) / np.outer(sd, sd)
+    np.testing.assert_allclose(drawn, 0.75 * correlation + 0.25 * (0.6 + 0.4 * np.eye(3)), atol=1e-12)
+    np.testing.assert_array_equal(steadied(correlation, None), correlation)
+    equal = 0.6 + 0.4 * np.eye(3)
+    np.testing.assert_allclose(steadied(equal, 5), equal, atol=1e-12)
+    scores = np.random.default_rng(7).normal(size=(50, 60))  # an inverse of this is mostly noise
+    assert np.linalg.cond(steadied(np.cov(scores), 60)) < np.linalg.cond(np.cov(scores)) / 100
 
 
 def test_pooling_equals_generalised_least_squares_of_statsmodels() -> None:

@@ -32,7 +32,7 @@ def smooth(curve: Curve, *, rough: bool = False) -> tuple[Array, Array]:
     """
     if curve.covariance is None:
         raise ValueError(f"{curve.name}: smoothing needs standard errors")
-    errors = scan.floored(curve.covariance)
+    errors = steadied(scan.floored(curve.covariance), curve.prompts)
     variance = np.diag(errors)
     steps = (variance[1:] + variance[:-1] - 2 * np.diag(errors, 1)) / 2
     unit = max(float(np.median(steps)), scan.CONTRAST_FLOOR**2 * float(variance.mean()))
@@ -41,6 +41,23 @@ def smooth(curve: Curve, *, rough: bool = False) -> tuple[Array, Array]:
     prior = _prior(curve.versions.tobytes(), errors.tobytes(), rough)
     mean, covariance = _regress((curve.mean - level) / np.sqrt(unit), errors, prior)
     return level + np.sqrt(unit) * mean, unit * (covariance + covariance.T) / 2
+
+
+def steadied(covariance: Array, prompts: int | None) -> Array:
+    """Draw the correlations (n, n) that few prompts have estimated towards their mean; the variances stay.
+
+    As if n - 1 further prompts had shown equal correlations (the posterior mean under an inverse Wishart prior, as in
+    Ledoit & Wolf 2004 with this target): the inverse of a matrix of about as many rows as prompts is mostly noise.
+    """
+    size = len(covariance)
+    if prompts is None or size < 2:
+        return covariance
+    sd = np.sqrt(np.diag(covariance))
+    both = np.outer(sd, sd)
+    mean = float(((covariance / both).sum() - size) / (size * (size - 1)))
+    equal = both * (mean + (1 - mean) * np.eye(size))
+    share = (size - 1) / (prompts + size - 1)
+    return np.asarray((1 - share) * covariance + share * equal)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
