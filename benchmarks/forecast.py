@@ -34,7 +34,7 @@ BUDGET = 1.5  # of what is seen: the default of `headroom watch`
 LEVEL, DRAWS, CHUNK = 0.95, 600, 200
 BASELINES = ("latest", "smoothed", "error only")
 WALKS = np.concatenate([[0.0], np.geomspace(0.01, 10, 31)])  # of a local level, standard errors an evaluation
-HORIZON = ("crps", *BASELINES, "covered", "width", "smooth covered", "smooth width")
+HORIZON = ("crps", "crps, surprises", *BASELINES, "covered", "width", "smooth covered", "smooth width")
 ROOM = ("headroom covered", "headroom width", "headroom smooth covered", "headroom smooth width")
 
 
@@ -141,7 +141,7 @@ def _forecast(true: Array, measured: Array, se: float, last: int) -> Cell:
     found = outlook(seen, onward(seen, steps), steps, level=LEVEL, draws=DRAWS, seed=0)
     at = np.array(AHEAD) - 1
     aim = true[:, last + np.array(AHEAD)]
-    horizons = {"crps": crps(found.draws[:, at], aim)}
+    horizons = {"crps": crps(found.draws[:, at], aim), "crps, surprises": crps(found.surprised[:, at], aim)}
     for name, (mean, sd) in persistence(measured[:, :n], se, np.array(AHEAD)).items():
         horizons[name] = crps_normal(mean, sd, aim)
     for name, (low, high) in {"": (found.low, found.high), "smooth ": found.smooth}.items():
@@ -216,7 +216,7 @@ def horizon_rows(family: str, se: float, share: float, noise: str, cell: Cell) -
             "ahead": ahead,
             "runs": runs,
         }
-        row |= {"silent": float(1 - said.mean())} | {name: means[name] for name in ("crps", *BASELINES)}
+        row |= {"silent": float(1 - said.mean())} | {name: means[name] for name in HORIZON[:5]}
         for name in BASELINES:
             row |= dict(zip((f"/ {name}", f"/ {name} SE"), ratio(values["crps"], values[name]), strict=True))
         for name in ("", "smooth "):
@@ -278,6 +278,10 @@ def by_family(horizons: list[dict[str, Any]], rooms: list[dict[str, Any]]) -> li
             row[f"CRPS / {name}"] = _three(
                 np.nansum([one["crps"] for one in part]) / np.nansum([one[name] for one in part]) for part in parts
             )
+        row["with surprises / smoothed"] = _three(
+            np.nansum([one["crps, surprises"] for one in part]) / np.nansum([one["smoothed"] for one in part])
+            for part in parts
+        )
         row["behind"] = (
             " ".join(
                 str(sum(any(one[f"/ {k}"] - 2 * one[f"/ {k} SE"] > 1 for k in BASELINES[:2]) for one in part))

@@ -85,6 +85,7 @@ class Outlook:
     """Forecasts of R runs at m evaluations to come, in the evaluation's unit."""
 
     draws: Array  # (R, m, S) sorted, without surprises
+    surprised: Array  # (R, m, S) sorted, with them
     low: Array  # (R, m)
     high: Array
     smooth: tuple[Array, Array]  # the same without surprises: breaks that no curve announces
@@ -205,11 +206,18 @@ def forecast(
 def outlook(seen: paths.Seen, x: Array, steps: Array, *, level: float, draws: int, seed: int) -> Outlook:
     """Forecast R runs at the evaluations `steps` (m,) after the last, at distances `x` (k, m)."""
     drawn = paths.draw_paths(seen, x, steps, draws, seed)
-    low, high = _quantiles(drawn.ahead.swapaxes(1, 2), level)
-    smooth = np.sort(drawn.smooth.swapaxes(1, 2), axis=-1)
+    surprised, smooth = (np.sort(values.swapaxes(1, 2), axis=-1) for values in (drawn.ahead, drawn.smooth))
+    low, high = _quantiles(surprised, level)
     core = np.diff(_quantiles(smooth, CORE), axis=0)[0]
     identified = core <= WIDE * (seen.swing * seen.unit)[:, None]
-    return Outlook(draws=smooth, low=low, high=high, smooth=_quantiles(smooth, level), identified=identified)
+    return Outlook(
+        draws=smooth,
+        surprised=surprised,
+        low=low,
+        high=high,
+        smooth=_quantiles(smooth, level),
+        identified=identified,
+    )
 
 
 def crps(draws: Array, truth: Array | float) -> Array:
