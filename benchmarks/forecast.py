@@ -31,7 +31,7 @@ AHEAD = (1, 3, 5)
 SES = (0.05, 0.1, 0.2)
 SHARES = (0.25, 0.5, 0.75, 1.0, 1.25)
 BUDGET = 1.5  # of what is seen: the default of `headroom watch`
-LEVEL, DRAWS, CHUNK = 0.95, 600, 200
+LEVEL, DRAWS, CHUNK = 0.95, 400, 250
 BASELINES = ("latest", "smoothed", "error only")
 WALKS = np.concatenate([[0.0], np.geomspace(0.01, 10, 31)])  # of a local level, standard errors an evaluation
 HORIZON = ("crps", "crps, surprises", *BASELINES, "covered", "width", "smooth covered", "smooth width")
@@ -352,8 +352,8 @@ def main() -> None:
         forecasts += horizon_rows(*cell, found)
         rooms.append(room_row(*cell, found))
         print("\n".join(map(line, forecasts[-len(AHEAD) :])), flush=True)
-    written(forecasts, options.out / "forecasts")
-    written(rooms, options.out / "headroom")
+        written(forecasts, options.out / "forecasts")
+        written(rooms, options.out / "headroom")
     written(by_cell(forecasts, rooms), options.out / "cells")
     written(by_family(forecasts, rooms), options.out / "families")
 
