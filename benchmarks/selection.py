@@ -267,15 +267,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("selection"), help="without its ending")
     options = parser.parse_args()
     jobs = [(cell, options.runs) for cell in cells(options.errors, options.points, options.se, options.seed)]
-    rows = []
-    with get_context("spawn").Pool(options.processes) as pool:
+    rows: list[dict[str, object]] = []
+    with get_context("spawn").Pool(options.processes) as pool, options.out.with_suffix(".csv").open("w") as file:
         for one in pool.imap(_measured, jobs):
             rows.append(one)
+            writer = csv.DictWriter(file, list(one), lineterminator="\n")
+            if len(rows) == 1:
+                writer.writeheader()
+            writer.writerow(one)
+            file.flush()
             print(*(one[key] for key in ("truth", "errors", "K", "SE", "selected", "misses")), sep=" | ", flush=True)
-    with options.out.with_suffix(".csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
     options.out.with_suffix(".md").write_text(f"{summary(rows)}\n{table(rows)}")
 
 
