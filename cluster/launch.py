@@ -136,8 +136,8 @@ async def _train(recipe: Recipe, rundir: RunDir) -> Finished:
         placement = Placement(recipe)
         await placement.ready()
         nodes = placement.nodes() if recipe.tracking.system_metrics else []
-        watching = asyncio.create_task(watch_nodes(nodes, tracker))
         cast = await start_cast(recipe, placement, meta["version"])
+        watching = asyncio.create_task(watch_nodes(nodes, tracker))
         try:
             if found:
                 await cast.learner.load(str(found[0]))
