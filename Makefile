@@ -1,4 +1,4 @@
-# make demo | test | check | smollm2 | gpu | clean
+# make demo | test | check | smollm2 | instrument | gpu | clean
 PYTHON ?= python3.11
 VENV ?= .venv
 # Where torch's CPU build comes from: empty asks pip's configured index. On a machine whose index serves the CUDA
@@ -9,7 +9,7 @@ LOCK := requirements/cpu.lock
 STAMP := $(VENV)/.cpu
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test check smollm2 gpu clean
+.PHONY: demo test check smollm2 instrument gpu clean
 .DEFAULT_GOAL := demo
 
 demo: $(STAMP)
@@ -23,6 +23,15 @@ check: $(STAMP)
 
 smollm2: $(STAMP)
 	$(BIN)/python -m cluster.fetch_smollm2
+
+# The tables of docs/results/instrument.md, about an hour of two cores.
+instrument: $(STAMP)
+	mkdir -p runs/instrument
+	$(BIN)/python -m benchmarks.instrument --runs 4000 --out runs/instrument/alarm.csv > runs/instrument/alarm.md
+	$(BIN)/python -m benchmarks.selection --processes 2 --out runs/instrument/selection
+	$(BIN)/python -m benchmarks.forecast --out runs/instrument/forecast > runs/instrument/forecast.md
+	$(BIN)/python -m benchmarks.coverage --out runs/instrument/coverage > runs/instrument/coverage.md
+	$(BIN)/python -m benchmarks.early > runs/instrument/early.md
 
 $(STAMP): $(LOCK) pyproject.toml
 	@command -v $(PYTHON) >/dev/null || { echo "headroom: error: $(PYTHON) not found; install Python 3.11 or set PYTHON=" >&2; exit 2; }
