@@ -27,7 +27,7 @@ class Ratio:
     not_enough: str | None
 
 
-def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 1_000, seed: int = 0) -> Ratio:
+def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 300, seed: int = 0) -> Ratio:
     """Return how much of the primary evaluation was gained with the reward since the first version that has both.
 
     The estimand: the least-squares slope, through the base, of the true gains of the evaluation on those of the reward,
