@@ -207,7 +207,7 @@ def main() -> None:
 def run(options: argparse.Namespace, path: Path, chosen: Sequence[Job], until: float) -> None:
     """Run what is open of `chosen` until there is no more, or no more time, or an interrupt."""
     out, results = path.parent, Results(path)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.parallel))
+    torch.set_num_threads(1)  # a second one waits for the first wherever something else runs beside
     hf_logging.disable_progress_bar()
     start_tracking(out / STORE)
     runner = Runner(out, results, options.timeout)
@@ -219,7 +219,7 @@ def run(options: argparse.Namespace, path: Path, chosen: Sequence[Job], until: f
             for future in futures:
                 future.result()
         except KeyboardInterrupt:
-            print("ending; runs that are cut short leave no line", flush=True)
+            print("ending: a run that is over is still recorded, one that is cut short leaves no line", flush=True)
             queue.interrupted.set()
             runner.stop()
     left = [job.name for job in chosen if results.of(job.name) is None]
