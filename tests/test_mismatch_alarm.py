@@ -256,3 +256,11 @@ def test_states_do_not_depend_on_units(seed: int, scale: float, shift: float, un
     assert moved.primary.minimum_detectable_drop == pytest.approx(
         scale * base.primary.minimum_detectable_drop, rel=1e-4
     )
+
+
+def test_looks_at_which_there_is_no_statistic_yet_spend_no_runs() -> None:
+    maxima = np.zeros((10, 4_000), np.float32)
+    maxima[5:] = np.random.default_rng(0).standard_normal((5, 4_000))
+    bound = scan.boundary(maxima, 0.05, 10)
+    assert not np.any(maxima[1:5] > bound[1:5, None])
+    assert 0.045 < np.mean(np.any(maxima > bound[:, None], axis=0)) <= 0.05

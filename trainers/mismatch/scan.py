@@ -205,7 +205,10 @@ def boundary(maxima: Runs, alpha: float, planned: int | None = None) -> Array:
         if crossing > 0:  # one more run lies beyond the n-th largest of m with probability n / (m + 1)
             row = maxima[look][alive]
             out[look] = np.partition(row, -crossing)[-crossing]
-            alive[alive] = row < out[look]
+            beyond = row >= out[look]
+            if np.sum(beyond) > crossing:  # ties, as where a statistic cannot be had yet: only what lies above crosses
+                beyond = row > out[look]
+            alive[alive] = ~beyond
     return out
 
 
