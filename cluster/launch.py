@@ -136,16 +136,18 @@ async def _train(recipe: Recipe, rundir: RunDir) -> Finished:
         placement = Placement(recipe)
         await placement.ready()
         nodes = placement.nodes() if recipe.tracking.system_metrics else []
-        cast = await start_cast(recipe, placement, meta["version"])
         watching = asyncio.create_task(watch_nodes(nodes, tracker))
         try:
-            if found:
-                await cast.learner.load(str(found[0]))
-            journal = await _run(recipe, rundir, tracker, cast, meta, incarnation)
-            engines = await cast.engine_stats()
+            cast = await start_cast(recipe, placement, meta["version"])
+            try:
+                if found:
+                    await cast.learner.load(str(found[0]))
+                journal = await _run(recipe, rundir, tracker, cast, meta, incarnation)
+                engines = await cast.engine_stats()
+            finally:
+                await cast.close()
         finally:
-            watching.cancel()
-            await cast.close()
+            watching.cancel()  # before the tracker closes
         figure = draw(recipe, rundir, journal.best)
         tracker.log_figure(figure)
         answers = tell(recipe, rundir, tracker) if journal.best else ()
