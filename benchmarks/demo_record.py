@@ -43,8 +43,11 @@ Row = dict[str, Any]
 
 
 def record(directory: Path, recipe: Recipe) -> Row:
-    """Return all that is kept of a finished run. Raises ValueError if it did not reach its last version."""
+    """Return all that is kept of a finished run. Raises ValueError if it ended before its time."""
     rundir = RunDir(directory)
+    status = [one["value"] for one in spool.read(rundir.metrics) if one["kind"] == "status"]
+    if status[-1:] != ["FINISHED"]:
+        raise ValueError(f"the run was asked to end, or killed: its last status is {status[-1] if status else None}")
     evaluations = read_evaluations(rundir.evaluations)
     if max(evaluations, default=0) < recipe.run.steps:
         raise ValueError(f"the run ended at version {max(evaluations, default=0)} of {recipe.run.steps}")

@@ -223,6 +223,14 @@ def test_cells_and_seeds_are_chosen_by_name() -> None:
             select(jobs(), cells_, seeds)
 
 
+# Leaves what a run leaves that was asked to end in the middle.
+ASKED = """
+import json, pathlib, sys
+[run] = [word.removeprefix("run.dir=") for word in sys.argv if word.startswith("run.dir=")]
+pathlib.Path(run).mkdir(parents=True)
+lines = ({"kind": "status", "value": value} for value in ("RUNNING", "KILLED"))
+pathlib.Path(run, "metrics.jsonl").write_text("".join(json.dumps(line) + chr(10) for line in lines))
+"""
 WAITS = "import pathlib, signal, sys; pathlib.Path(sys.argv[1]).touch(); signal.pause()"
 
 
@@ -237,7 +245,8 @@ def ran(out: Path, command: list[str], timeout_s: float = 60) -> tuple[Queue, Ru
     [
         (["import sys; print('no memory'); sys.exit(3)"], 60, "the run ended with 3"),
         ([WAITS, "/dev/null"], 0.5, "the run was ended after 0 s"),
-        (["pass"], 60, "the run ended at version 0 of 48"),
+        (["pass"], 60, "metrics.jsonl"),
+        ([ASKED], 60, "its last status is KILLED"),
     ],
 )
 def test_a_run_that_fails_or_hangs_or_does_not_get_there_is_a_line(
