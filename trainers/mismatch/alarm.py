@@ -39,7 +39,7 @@ class Settings:
         if not 0 < self.alpha < 1 or not 0 < self.power < 1:
             raise UserError(f"alpha {self.alpha} and power {self.power} must lie between 0 and 1")
         if self.margin is not None and not 0 <= self.margin < np.inf:
-            raise UserError(f"margin {self.margin} must be 0 or more")
+            raise UserError(f"margin {self.margin} must be a number, 0 or more")
         if self.planned is not None and self.planned < FEWEST:
             raise UserError(f"{self.planned} planned evaluations are too few: the alarm needs {FEWEST}")
         if self.runs * self.alpha < 100:
