@@ -30,11 +30,15 @@ class Jumping(selectors.SelectSelector):
         return super().select(0)
 
 
-def clocked() -> asyncio.AbstractEventLoop:
-    selector = Jumping()
-    loop = asyncio.SelectorEventLoop(selector)
-    loop.time = lambda: selector.now  # type: ignore[method-assign]
-    return loop
+class Clocked(asyncio.SelectorEventLoop):
+    """An event loop on that clock."""
+
+    def __init__(self) -> None:
+        self._clock = Jumping()
+        super().__init__(self._clock)
+
+    def time(self) -> float:
+        return self._clock.now
 
 
 class Timed(World):
@@ -83,7 +87,7 @@ def step_times(world: Timed, steps: int) -> Any:
         start = Weights(version=0, hash="", handle=None)
         await run(actors, map(prompt, itertools.count()), buffer, world, start=start, steps=steps)
 
-    with asyncio.Runner(loop_factory=clocked) as runner:
+    with asyncio.Runner(loop_factory=Clocked) as runner:
         runner.run(main())
     assert world.evaluations == [version for version in range(steps + 1) if version % world.every == 0]
     return np.diff(world.recorded)

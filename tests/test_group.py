@@ -141,9 +141,11 @@ def test_a_raise_comes_between_the_same_steps_on_every_rank(turns: int) -> None:
             deadline_s=5,
         )
 
+        batch: Any = SimpleNamespace()  # nobody reads it
+
         async def train() -> None:
             for _ in range(3):
-                await learner.step(SimpleNamespace())  # type: ignore[arg-type]
+                await learner.step(batch)
 
         training = asyncio.create_task(train())
         for _ in range(turns):
