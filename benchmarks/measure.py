@@ -29,14 +29,17 @@ class Trace:
     clock: tuple[tuple[float, float], ...]  # (wall clock, CPU-seconds of the tree so far)
     details: Mapping[str, Any]  # what the arm itself wrote
 
-    def steady(self, warm_up: int, tail: int) -> "Steps":
-        """Cut into steps without the first `warm_up` and last `tail`. Raises ValueError if none is left."""
-        ends = np.array(self.ends[warm_up : len(self.ends) - tail])
+    def steady(self, warm_up: int, tail: int, together: int = 1) -> "Steps":
+        """Cut into steps without the first `warm_up` and last `tail`. Raises ValueError if none is left.
+
+        together: steps that are taken as one, because they end at about the same time.
+        """
+        ends = np.array(self.ends[warm_up : len(self.ends) - tail : together])
         if len(ends) < 2:
             raise ValueError(f"{len(self.ends)} steps leave none after {warm_up} of warm-up and {tail} of tail")
         wall, cpu = np.array(self.clock).T
-        seconds, cpu_seconds = np.diff(ends), np.diff(np.interp(ends, wall, cpu))
-        return Steps(samples_per_s=self.samples / seconds, cpu_s_per_sample=cpu_seconds / self.samples)
+        seconds, cpu_seconds, samples = np.diff(ends), np.diff(np.interp(ends, wall, cpu)), self.samples * together
+        return Steps(samples_per_s=samples / seconds, cpu_s_per_sample=cpu_seconds / samples)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

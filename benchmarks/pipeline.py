@@ -40,7 +40,11 @@ def main() -> None:
         command = recipes.arm_command(sys.executable, arm, out, options.config, mine)
         print(f"{number + 1}/{len(arms) * options.rounds} {arm}", flush=True)
         traces[arm].append(run_arm(command, out, samples=samples, place=None if options.shared else place))
-    run, generator, learner = (pool([t.steady(options.warm_up, tail) for t in traces[arm]]) for arm in arms)
+    # Completions of one length, as many in flight as there are slots: all batches of a round end together.
+    together = {"generator": recipe.loop.staleness + 1}
+    run, generator, learner = (
+        pool([trace.steady(options.warm_up, tail, together.get(arm, 1)) for trace in traces[arm]]) for arm in arms
+    )
     rates = {arm: interval(steps.samples_per_s) for arm, steps in zip(arms, (run, generator, learner), strict=True)}
     slower, faster = sorted((generator, learner), key=lambda steps: interval(steps.samples_per_s)["median"])
     result["results"] = {

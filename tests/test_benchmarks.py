@@ -60,6 +60,15 @@ def test_steps_are_cut_at_their_ends_without_warm_up_and_tail() -> None:
         trace.steady(warm_up=3, tail=1)
 
 
+def test_steps_that_end_together_count_as_one() -> None:
+    ends = (0.0, 10.0, 10.001, 20.0, 20.001, 30.0, 30.001)
+    trace = Trace(ends=ends, samples=4, clock=((0.0, 0.0), (40.0, 40.0)), details={})
+    assert max(trace.steady(0, 0).samples_per_s[3:]) > 1000, "what the median of single steps is made of"
+    steps = trace.steady(0, 0, together=2)
+    assert steps.samples_per_s == pytest.approx([0.8, 0.8, 0.8], rel=1e-3)
+    assert steps.cpu_s_per_sample == pytest.approx([1.25, 1.25, 1.25], rel=1e-3)
+
+
 def test_intervals_hold_the_median_and_arms_alternate() -> None:
     values = np.random.default_rng(0).normal(10, 1, 200)
     found = interval(values)
