@@ -85,8 +85,8 @@ def sample_seed(run: str, uid: str, sample: int) -> int:
     return int.from_bytes(digest[:4], "big") >> 1
 
 
-def sampling_of(params: SamplingParams) -> Sampling:
-    """Turn the config section into the message."""
+def sampling_of(params: SamplingParams, *, greedy: bool = False) -> Sampling:
+    """Turn the config section into the message; greedy: with the greedy completion of each prompt besides."""
     return Sampling(
         n=params.n,
         max_tokens=params.max_tokens,
@@ -94,6 +94,7 @@ def sampling_of(params: SamplingParams) -> Sampling:
         top_p=params.top_p,
         top_k=params.top_k,
         stop=tuple(params.stop),
+        greedy=greedy,
         extra=params.extra,
     )
 
@@ -101,7 +102,7 @@ def sampling_of(params: SamplingParams) -> Sampling:
 def shortened(sampling: Sampling, tokens: int) -> Sampling:
     """Return the sampling of a probe: one completion of at most `tokens`, whatever least length the recipe asks for."""
     extra = {key: value for key, value in sampling.extra.items() if key != "min_tokens"}
-    return replace(sampling, n=1, max_tokens=min(tokens, sampling.max_tokens), extra=extra)
+    return replace(sampling, n=1, max_tokens=min(tokens, sampling.max_tokens), greedy=False, extra=extra)
 
 
 def end_with_owner() -> None:

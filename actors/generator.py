@@ -85,6 +85,8 @@ class Engine:
             )
         self._check_ready()
         tasks = [asyncio.create_task(self._sample(prompt, sampling, index, probe)) for index in range(sampling.n)]
+        if sampling.greedy:
+            tasks.append(asyncio.create_task(self._greedy(prompt, sampling, probe)))
         try:
             async with asyncio.timeout(self.options.deadline_s):
                 rollouts = await asyncio.gather(*tasks)
@@ -221,6 +223,10 @@ class Engine:
         self.stats.prompt_tokens += len(prompt.token_ids)
         self.stats.completion_tokens += len(completion.token_ids)
         return _rollout(uid, seed, salt, completion)
+
+    async def _greedy(self, prompt: Prompt, sampling: Sampling, probe: bool) -> Rollout:
+        greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
+        return replace(await self._sample(prompt, greedy, sampling.n, probe), greedy=True)
 
     async def _request(
         self, uid: str, ids: Ints, sampling: VllmSampling, probe: bool, begun: asyncio.Event | None = None

@@ -25,7 +25,7 @@ EQUAL = {
     "algorithm.name": "grpo",
     "algorithm.epochs": 1,
     "algorithm.minibatches": 1,
-    "algorithm.divide_by_std": True,
+    "algorithm.normalise": "group",
     "algorithm.aggregate": "token",
     "algorithm.kl.target": None,
     "reference.path": None,

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from actors.reward import RewardActor
 from actors.weight_sync import NcclGroup, choose_transport
 from cluster.group import Clocks, EvaluatorGroup, GeneratorGroup, LearnerGroup, ScorerGroup, call
 from cluster.placement import Placement, all_ready
+from cluster.references import References
 from cluster.replicas import Replicas
 from configs.schema import GeneratorConfig, Recipe, Resources
 from trainers.algorithms import ALGORITHMS
 from trainers.data import PromptStream, load_rows, load_tokenizer
+from trainers.types import Sampling
 
 log = logging.getLogger("headroom")
 STARTUP_S = 900.0
@@ -96,7 +98,8 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
     company = Company(placement)
     engines = hire_engines(recipe, company)
     prepare()  # in this thread: a signal interrupts no other, and at its end Python waits for every other
-    hire_networks(recipe, company)
+    references = references_of(recipe)
+    hire_networks(recipe, company, references and references.at(version))
     prompts = load_prompts(recipe)
     scorers = company.of("reward") | company.of("reference")
     starts = {name: actor.ready.remote() for name, actor in scorers.items()}
@@ -112,7 +115,12 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
     if transport == "nccl":
         await connect_nccl(ranks[0], list(replicas.values()), recipe.generator)
     learner = LearnerGroup(
-        ranks, list(company.of("critic").values()), version=version, transport=transport, deadline_s=STEP_S
+        ranks,
+        list(company.of("critic").values()),
+        version=version,
+        transport=transport,
+        deadline_s=STEP_S,
+        published=refresh(references, ranks, company.actors.get("reference-0")),
     )
     generator = GeneratorGroup(
         Replicas(
@@ -123,7 +131,7 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
             # An nccl group stays as it was joined: no broadcast gets past a dead member.
             max_restarts=0 if transport == "nccl" else recipe.generator.max_restarts,
         ),
-        sampling_of(recipe.sampling),
+        training_sampling(recipe),
         probe=dataclasses.replace(prompts[0], token_ids=prompts[0].token_ids[:PROBE_TOKENS]),
         learner=learner,
     )
@@ -138,14 +146,19 @@ async def start_cast(recipe: Recipe, placement: Placement, version: int) -> Cast
         generator=generator,
         evaluator=evaluator,
         prompts=prompts,
-        scorers=[
-            ScorerGroup(role, list(company.of(role).values()), deadline_s=recipe.generator.deadline_s)
-            for role in ("reward", "reference")
-            if company.of(role)
-        ],
+        scorers=scorer_groups(recipe, company),
         clocks=Clocks(company.actors),
         company=company,
     )
+
+
+def scorer_groups(recipe: Recipe, company: Company) -> list[ScorerGroup]:
+    """Return what scores each group: the replicas of the rewards, and the reference where there is one."""
+    return [
+        ScorerGroup(role, list(company.of(role).values()), deadline_s=recipe.generator.deadline_s)
+        for role in ("reward", "reference")
+        if company.of(role)
+    ]
 
 
 def hire_engines(recipe: Recipe, company: Company) -> dict[str, Any]:
@@ -160,7 +173,12 @@ def hire_engines(recipe: Recipe, company: Company) -> dict[str, Any]:
 def hire_generator(recipe: Recipe, company: Company, name: str) -> Any:
     """Create one generator replica."""
     options = engine_options(recipe, recipe.generator, run_path(recipe))
-    return company.hire(Generator, name, options, sampling_of(recipe.sampling), concurrency=1000)
+    return company.hire(Generator, name, options, training_sampling(recipe), concurrency=1000)
+
+
+def training_sampling(recipe: Recipe) -> Sampling:
+    """Return how the rollouts are drawn, with the greedy completion where the algorithm compares with it."""
+    return sampling_of(recipe.sampling, greedy=ALGORITHMS[recipe.algorithm.name].needs_greedy)
 
 
 async def replace_generator(recipe: Recipe, company: Company, name: str) -> Any:
@@ -177,8 +195,36 @@ async def replace_generator(recipe: Recipe, company: Company, name: str) -> Any:
     return actor
 
 
-def hire_networks(recipe: Recipe, company: Company) -> None:
-    """Create what loads weights from disk: learner, critic, reward and reference."""
+def references_of(recipe: Recipe) -> References | None:
+    """Return the references of a run whose reference follows the policy."""
+    if recipe.reference.refresh_every is None:
+        return None
+    return References(
+        root=Path(run_path(recipe)) / "references",
+        every=recipe.reference.refresh_every,
+        checkpoint_every=recipe.run.checkpoint_every,
+        keep_checkpoints=recipe.run.keep_checkpoints,
+    )
+
+
+def refresh(
+    references: References | None, ranks: Sequence[Any], reference: Any | None
+) -> Callable[[int], Awaitable[None]] | None:
+    """Return what makes a published version the reference, where there is one that follows."""
+    if references is None or reference is None:
+        return None
+
+    async def export(path: str) -> None:
+        await asyncio.gather(*(call(rank.export.remote(path), "exporting the reference", STEP_S) for rank in ranks))
+
+    async def load(path: str) -> None:
+        await call(reference.load.remote(path), "loading the reference", STARTUP_S)
+
+    return lambda version: references.follow(version, export, load)
+
+
+def hire_networks(recipe: Recipe, company: Company, reference: Path | None) -> None:
+    """Create what loads weights from disk: learner, critic, reward and reference; `reference`: where it went on to."""
     for i in range(recipe.reward.replicas):
         company.hire(
             RewardActor, f"reward-{i}", recipe.reward, threads=threads_of(recipe.reward.resources), concurrency=100
@@ -187,7 +233,7 @@ def hire_networks(recipe: Recipe, company: Company) -> None:
         company.hire(
             ReferenceActor,
             "reference-0",
-            recipe.reference.path or recipe.model.path,
+            str(reference or recipe.reference.path or recipe.model.path),
             recipe.reference,
             dtype=recipe.model.dtype,
             temperature=recipe.sampling.temperature,

@@ -4,7 +4,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -156,12 +156,20 @@ class LearnerGroup:
     """The ranks of the policy, and those of the critic where the algorithm has one."""
 
     def __init__(
-        self, ranks: Sequence[Any], critic: Sequence[Any], *, version: int, transport: Transport, deadline_s: float
+        self,
+        ranks: Sequence[Any],
+        critic: Sequence[Any],
+        *,
+        version: int,
+        transport: Transport,
+        deadline_s: float,
+        published: Callable[[int], Awaitable[None]] | None = None,
     ) -> None:
         self._ranks = ranks
         self._critic = critic
         self._publish = "announce" if transport == "nccl" else "publish"
         self._deadline_s = deadline_s
+        self._published = published  # called with each new version
         self.version = version
         self.publish_seconds = 0.0
 
@@ -180,6 +188,8 @@ class LearnerGroup:
         weights: Weights = (await self._each(self._ranks, self._publish, self.version + 1))[0]
         self.publish_seconds = time.monotonic() - began
         self.version = weights.version
+        if self._published is not None:
+            await self._published(self.version)
         return weights
 
     async def stored(self) -> Weights:

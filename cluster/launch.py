@@ -25,6 +25,7 @@ from cluster.report.text import head
 from configs.errors import UserError
 from configs.schema import Recipe
 from trainers import checkpoint
+from trainers.batch import informative
 from trainers.buffer import Buffer
 from trainers.figure import curves
 from trainers.final import Reserve, reserve, settle
@@ -199,22 +200,17 @@ async def _run(
     if version >= steps:
         log.info("version %d is there already and run.steps is %d: raise it to train on", version, steps)
     listen(journal)
-    buffer = Buffer(
-        batch=recipe.loop.batch_prompts,
-        staleness=recipe.loop.staleness,
-        wanted=(steps - version) * recipe.loop.batch_prompts,
-        discard_budget=recipe.loop.discard_budget,
-    )
     actors = Actors(generator=cast.generator, scorers=cast.scorers, learner=cast.learner, evaluator=cast.evaluator)
     try:
         await run(
             actors,
             cast.prompts.start_at(journal.position),
-            buffer,
+            buffer_of(recipe, steps - version),
             journal,
             start=await cast.learner.stored(),
             steps=steps,
             unfinished=[weights_from_directory(pins.path(v), v) for v in missed if v != version],
+            keep=informative if recipe.algorithm.informative_groups else lambda _: True,
         )
         if aside is not None:
             await settle_best(recipe, rundir, tracker, cast, pins, journal, aside)
@@ -224,6 +220,17 @@ async def _run(
     if journal.stopping():
         log.info("asked to end: saved at version %d of %d; the same command continues", cast.learner.version, steps)
     return journal
+
+
+def buffer_of(recipe: Recipe, steps: int) -> Buffer:
+    """Return an empty buffer for the steps that are left."""
+    return Buffer(
+        batch=recipe.loop.batch_prompts,
+        staleness=recipe.loop.staleness,
+        wanted=steps * recipe.loop.batch_prompts,
+        discard_budget=recipe.loop.discard_budget,
+        refill_budget=recipe.algorithm.refill_budget,
+    )
 
 
 async def settle_best(

@@ -50,6 +50,8 @@ def load_with_origins(path: str | Path, overrides: Sequence[str] = ()) -> Loaded
     tree, origins = _read(Path(path))
     for override in overrides:
         key, value = _parse_override(override)
+        if key == ("algorithm",) and isinstance(value, str):  # algorithm=rloo keeps what else the recipe says of it
+            key = ("algorithm", "name")
         _set(tree, key, value)
         origins = {known: origin for known, origin in origins.items() if known[: len(key)] != key}
         origins |= dict.fromkeys((key, *(key + inner for inner in _keys(value))), COMMAND_LINE)

@@ -5,11 +5,13 @@ Imports neither torch, ray nor vllm: a recipe is checked before anything heavy s
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from configs.algorithms import FACTS
 from configs.errors import UserError
 from configs.hardware import fast_dtype
+from configs.method import KL as KL
+from configs.method import Algorithm as Algorithm
+from configs.method import Section as Section
 
 # `auto` is settled when the recipe is read: whatever runs or resumes later has the same type.
 DType = Annotated[
@@ -17,12 +19,6 @@ DType = Annotated[
     BeforeValidator(lambda value: fast_dtype() if value == "auto" else value),
     WithJsonSchema({"enum": ["float32", "bfloat16", "auto"], "type": "string"}),
 ]
-
-
-class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values do not change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Run(Section):
@@ -100,48 +96,6 @@ class Loop(Section):
     """Share of admitted prompts that may be discarded before the run is stopped."""
 
 
-class KL(Section):
-    """Where and how the distance from the reference is charged; what is not given, the algorithm decides."""
-
-    where: Literal["loss", "reward", "none"] = "loss"
-    estimator: Literal["k1", "k2", "k3"] = "k2"
-    coefficient: float = Field(0.05, ge=0)
-    target: float | None = Field(None, gt=0)
-    """With a target the coefficient adapts (Ziegler et al. 2019, eq. 2)."""
-    horizon: int = Field(10_000, ge=1)
-
-
-class Algorithm(Section):
-    name: str = "grpo"
-    """A key of trainers.algorithms.ALGORITHMS."""
-    kl: KL = KL()
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.2, gt=0)
-    epochs: int = Field(1, ge=1)
-    minibatches: int = Field(1, ge=1)
-    """Optimizer steps per epoch over a batch."""
-    behaviour_cap: float | None = Field(2.0, gt=0)
-    """Upper bound of the importance weight learner / behaviour policy; none: no correction."""
-    gamma: float = Field(1.0, gt=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
-    value_clip: float | None = Field(0.2, gt=0)
-    divide_by_std: bool = True
-    """Divide group advantages by the group's standard deviation."""
-    aggregate: Literal["token", "sequence"] = "token"
-    """Average the loss over all tokens of a minibatch, or per sequence first."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _kl_of_the_algorithm(cls, given: Any) -> Any:
-        """Fill in the algorithm's own place and estimator of the KL term."""
-        facts = FACTS.get(given.get("name", "grpo")) if isinstance(given, dict) else None
-        kl = given.get("kl", {}) if isinstance(given, dict) else None
-        if facts is None or not isinstance(kl, dict):
-            return given
-        where = kl.get("where", facts.kl_where)
-        return given | {"kl": {"where": where, "estimator": "k1" if where == "reward" else "k2"} | kl}
-
-
 class Optimizer(Section):
     learning_rate: float = Field(1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
@@ -179,6 +133,8 @@ class Critic(Engine):
 class Reference(Section):
     path: str | None = None
     """Default: model.path."""
+    refresh_every: int | None = Field(None, ge=1)
+    """Versions after which the policy of then becomes the reference, from which the KL is measured; none: never."""
     token_budget: int = Field(16_384, ge=1)
     share_prompts: bool = True
     """As the learner's."""

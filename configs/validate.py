@@ -78,7 +78,15 @@ def validate(recipe: Recipe, command: Command, config: str = "CONFIG") -> list[s
 def _check_method(recipe: Recipe) -> None:
     algorithm, sampling, loop = recipe.algorithm, recipe.sampling, recipe.loop
     kl = algorithm.kl
-    refusal = check(algorithm.name, kl.where, kl.estimator, sampling.n)
+    refusal = check(
+        algorithm.name,
+        kl.where,
+        kl.estimator,
+        sampling.n,
+        kl_coefficient=kl.coefficient,
+        normalise=algorithm.normalise,
+        entropy_bonus=algorithm.entropy_bonus,
+    )
     if refusal := refusal or check_action(recipe.alarm.action, kl.where, kl.coefficient):
         raise UserError(refusal)
     ranks = math.lcm(recipe.learner.ranks, recipe.critic.ranks if FACTS[algorithm.name].needs_critic else 1)
@@ -387,8 +395,11 @@ def _warnings(recipe: Recipe) -> Iterator[str]:
         yield f"prompts beyond {room} tokens are left out: model.max_length less sampling.max_tokens"
     if not recipe.evaluation.tasks:
         yield "evaluation.tasks is empty: the reward will be measured, what it stands for will not"
-    if recipe.loop.staleness and recipe.algorithm.behaviour_cap is None:
-        yield f"loop.staleness={recipe.loop.staleness} without algorithm.behaviour_cap: stale samples go uncorrected"
+    algorithm = recipe.algorithm
+    corrected = algorithm.off_policy.weight != "none" or algorithm.proximal == "behaviour"
+    if recipe.loop.staleness and not corrected and not FACTS[algorithm.name].chooses:
+        stale = f"loop.staleness={recipe.loop.staleness}"
+        yield f"{stale} with algorithm.off_policy.weight=none: stale samples go uncorrected"
     for task in recipe.evaluation.tasks:
         same = (task.data.path, task.data.source_split, task.data.split)
         if same == (recipe.data.path, recipe.data.source_split, recipe.data.split):

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainers.advantages import gae, group_advantages, token_rewards, whiten
+from trainers.advantages import (
+    best_and_worst,
+    best_of_group,
+    gae,
+    group_advantages,
+    leave_one_out,
+    overlong_penalty,
+    token_rewards,
+    whiten,
+)
 
 SEEDS = st.integers(0, 10_000)
 
@@ -45,6 +54,49 @@ def test_group_advantages_against_a_loop(rows: list[tuple[int, float]], divide: 
         if divide:
             expected /= statistics.pstdev(peers) + 1e-6
         assert value == pytest.approx(expected, abs=1e-9)
+
+
+ROWS = st.lists(st.tuples(st.integers(0, 3), st.sampled_from([0.1, 0.25, -1.0, 3.0])), min_size=1, max_size=12)
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=ROWS)
+def test_leave_one_out_against_a_loop(rows: list[tuple[int, float]]) -> None:
+    got = leave_one_out(
+        torch.tensor([reward for _, reward in rows], dtype=torch.float64), torch.tensor([group for group, _ in rows])
+    )
+    for i, (group, reward) in enumerate(rows):
+        others = [other for j, (number, other) in enumerate(rows) if number == group and j != i]
+        expected = reward - statistics.mean(others) if others else 0.0
+        assert got[i].item() == pytest.approx(expected, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(rows=ROWS, number=st.integers(1, 3), usable=st.lists(st.booleans(), min_size=12, max_size=12))
+def test_the_best_and_the_worst_of_a_group_against_a_sort(
+    rows: list[tuple[int, float]], number: int, usable: list[bool]
+) -> None:
+    rewards, groups = torch.tensor([reward for _, reward in rows]), torch.tensor([group for group, _ in rows])
+    best = best_of_group(rewards, groups, number)
+    signs = best_and_worst(rewards, groups, torch.tensor(usable[: len(rows)]))
+    for group in {group for group, _ in rows}:
+        mine = [i for i, (other, _) in enumerate(rows) if other == group]
+        down = sorted(mine, key=lambda i: -rows[i][1])
+        differ = len({rows[i][1] for i in mine}) > 1
+        assert [i for i in mine if best[i]] == sorted(down[:number] if differ else [])
+        mine = [i for i in mine if usable[i]]
+        differ = len({rows[i][1] for i in mine}) > 1
+        up = sorted(mine, key=lambda i: rows[i][1])
+        down = sorted(mine, key=lambda i: -rows[i][1])
+        assert [i for i in mine if signs[i] > 0] == down[:differ]
+        assert [i for i in mine if signs[i] < 0] == up[:differ]
+    assert not signs[~torch.tensor(usable[: len(rows)])].any()
+
+
+def test_the_overlong_penalty_rises_over_the_last_share() -> None:
+    lengths = torch.tensor([0, 79, 80, 81, 90, 100, 120])
+    found = overlong_penalty(lengths, 100, share=0.2, penalty=2.0)
+    assert found.tolist() == pytest.approx([0, 0, 0, 0.1, 1.0, 2.0, 2.0])
 
 
 @pytest.mark.parametrize("size", [2, 3, 8, 16])

@@ -38,9 +38,9 @@ def prompt(position: int) -> Prompt:
 class World:
     """Generator, scorer, learner, evaluator and journal in one, each as slow as a random number says."""
 
-    def __init__(self, *, seed: int, straggler: float, failing: float, every: int = 3) -> None:
+    def __init__(self, *, seed: int, straggler: float, failing: float, dull: float = 0, every: int = 3) -> None:
         self.random = random.Random(seed)
-        self.straggler, self.failing, self.every = straggler, failing, every
+        self.straggler, self.failing, self.dull, self.every = straggler, failing, dull, every
         self.serving = -1
         self.version = 0
         self.batches: list[Batch] = []
@@ -76,7 +76,10 @@ class World:
 
     async def score(self, group: Group) -> Sequence[dict[str, float]]:
         await self.pause()
-        return [{"reward": 1.0} for _ in group.rollouts]
+        return [{"reward": float(self.random.random() >= self.dull)} for _ in group.rollouts]
+
+    def keep(self, group: Group) -> bool:
+        return group.rollouts[0].reward > 0
 
     async def load(self, weights: Weights) -> None:
         await self.pause()
@@ -119,7 +122,8 @@ def play(world: World, *, batch: int, staleness: int, steps: int) -> None:
         actors = Actors(generator=world, scorers=[world], learner=world, evaluator=world)
         buffer = Buffer(batch=batch, staleness=staleness, wanted=steps * batch)
         start = Weights(version=0, hash="", handle=None)
-        await run(actors, map(prompt, itertools.count()), buffer, world, start=start, steps=steps)
+        prompts = map(prompt, itertools.count())
+        await run(actors, prompts, buffer, world, start=start, steps=steps, keep=world.keep)
 
     asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 
@@ -131,12 +135,13 @@ def play(world: World, *, batch: int, staleness: int, steps: int) -> None:
     batch=st.integers(1, 5),
     straggler=st.sampled_from([0, 0.03, 0.3]),
     failing=st.sampled_from([0, 0.02, 0.2]),
+    dull=st.sampled_from([0, 0.5, 0.9]),
 )
 def test_staleness_order_and_exactly_once(
-    staleness: int, seed: int, batch: int, straggler: float, failing: float
+    staleness: int, seed: int, batch: int, straggler: float, failing: float, dull: float
 ) -> None:
     steps = 12
-    world = World(seed=seed, straggler=straggler, failing=failing)
+    world = World(seed=seed, straggler=straggler, failing=failing, dull=dull)
     # The budget's allowance is not what is tested here, so failures stay below it.
     world.failing = failing if failing * steps * batch < 4 else 0
     play(world, batch=batch, staleness=staleness, steps=steps)
@@ -147,6 +152,8 @@ def test_staleness_order_and_exactly_once(
     assert trained == sorted(trained)
     retired = sorted(trained + [d.prompt.position for take in world.takes for d in take.discarded])
     assert retired == list(range(len(retired))), "every prompt up to the last one exactly once"
+    assert all(world.keep(group) for take in world.takes for group in take.groups)
+    assert (dull > 0.8) <= any(gone.uninformative for take in world.takes for gone in take.discarded)
     assert len(trained) == steps * batch
     assert world.evaluations == [v for v in range(steps + 1) if v % world.every == 0]
 
@@ -201,6 +208,16 @@ def test_too_many_discards_end_the_run() -> None:
             await buffer.discard(await buffer.admit(), prompt(position), "bad")
 
     with pytest.raises(UserError, match=r"9 of 9 prompts were discarded.*loop\.discard_budget.*e0-p8: bad"):
+        asyncio.run(asyncio.wait_for(main(), TIMEOUT))
+
+
+def test_too_many_uninformative_groups_end_the_run_but_not_at_its_start() -> None:
+    async def main() -> None:
+        buffer = Buffer(batch=2, staleness=0, wanted=1000, refill_budget=0.5)
+        for position in itertools.count():
+            await buffer.replace(await buffer.admit(), prompt(position))
+
+    with pytest.raises(UserError, match=r"21 of 21 groups had equal rewards.*algorithm\.refill_budget=0\.5"):
         asyncio.run(asyncio.wait_for(main(), TIMEOUT))
 
 

@@ -76,6 +76,17 @@ def test_overrides_reach_lists_sections_and_new_keys(path: Path) -> None:
     assert recipe.learner.optimizer.learning_rate == 3e-4
 
 
+def test_a_word_for_the_algorithm_is_its_name_and_keeps_what_else_the_recipe_says(path: Path) -> None:
+    recipe = load(path, ["algorithm.kl.coefficient=0.3", "algorithm=rloo"])
+    assert (recipe.algorithm.name, recipe.algorithm.kl.where, recipe.algorithm.kl.coefficient) == (
+        "rloo",
+        "reward",
+        0.3,
+    )
+    with pytest.raises(UserError, match="algorithm.kl"):
+        load(path, ["algorithm={kl: 1}"])
+
+
 def test_the_rendered_recipe_is_the_recipe(path: Path) -> None:
     loaded = load_with_origins(path, ["loop.staleness=4", "sampling.stop=['#', \"a\\nb\", 'c: d', null_]"])
     text = render(loaded)

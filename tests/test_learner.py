@@ -187,10 +187,15 @@ def test_untied_weights_are_published_and_exported(tmp_path: Path) -> None:
     np.testing.assert_allclose(learner.probe_logprobs(probe), expected, atol=1e-5)
 
 
+def logprobs_of(learner: Learner, batch: Batch) -> torch.Tensor:
+    """Return the learner's own log-probs (B, T) of the rollouts, as it computes them before several updates."""
+    return learner._recomputed(batch, learner.trainee.targets(batch, None)).proximal
+
+
 def on_policy(learner: Learner, batch: Batch) -> Batch:
     """Record the learner's own log-probs as behaviour and reference."""
-    old = learner._old_logprobs(batch).old.numpy()
-    return replace(batch, behaviour_logprobs=old, reference_logprobs=old)
+    own = logprobs_of(learner, batch).numpy()
+    return replace(batch, behaviour_logprobs=own, reference_logprobs=own)
 
 
 def test_gaps_tell_fresh_stale_and_mixed_tokens_apart(path: str) -> None:
@@ -216,12 +221,12 @@ def test_gaps_tell_fresh_stale_and_mixed_tokens_apart(path: str) -> None:
 def test_steps_raise_the_probability_of_what_is_rewarded(path: str) -> None:
     learner = Learner(recipe(path, algorithm={"kl": {"where": "none"}, "epochs": 2}))
     batch = replace(on_policy(learner, random_batch()), reference_logprobs=None)
-    before = learner._old_logprobs(batch).old.sum(1)
+    before = logprobs_of(learner, batch).sum(1)
     for _ in range(4):
         stats = learner.step(batch)
         batch = on_policy(learner, batch)
         batch = replace(batch, reference_logprobs=None)
-    change = learner._old_logprobs(batch).old.sum(1) - before
+    change = logprobs_of(learner, batch).sum(1) - before
     rewards = torch.tensor(batch.rewards).view(-1, 4)
     best, worst = rewards.argmax(1), rewards.argmin(1)
     per_group = change.view(-1, 4)

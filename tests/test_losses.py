@@ -10,10 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainers.kl import adapt
-from trainers.losses import behaviour_weights, clipped_surrogate, clipped_value_loss, kl_estimate, token_weights
+from trainers.losses import (
+    clipped_surrogate,
+    clipped_value_loss,
+    clipped_weight_surrogate,
+    kl_estimate,
+    token_weights,
+)
 
 Estimator = Literal["k1", "k2", "k3"]
-Aggregate = Literal["token", "sequence"]
+Aggregate = Literal["token", "sequence", "fixed"]
 SEEDS = st.integers(0, 10_000)
 SHAPE = (4, 5)
 
@@ -50,45 +56,46 @@ def test_k3_keeps_its_precision_near_zero() -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(seed=SEEDS, low=st.sampled_from([0.1, 0.2]), high=st.sampled_from([0.2, 0.5]))
-def test_clipped_surrogate_against_a_loop(seed: int, low: float, high: float) -> None:
-    logprobs, old, advantages = normals(seed, 3)
-    logprobs = (old + 0.4 * logprobs).requires_grad_()
-    loss, clipped = clipped_surrogate(logprobs, old, advantages, clip_low=low, clip_high=high)
-    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+@given(seed=SEEDS, low=st.sampled_from([0.1, 0.2]), high=st.sampled_from([0.2, 0.5]), dual=st.sampled_from([None, 1.5]))
+def test_clipped_surrogate_against_a_loop(seed: int, low: float, high: float, dual: float | None) -> None:
+    log_ratio, advantages = normals(seed, 2)
+    log_ratio = (0.4 * log_ratio).requires_grad_()
+    loss, clipped = clipped_surrogate(log_ratio, advantages, clip_low=low, clip_high=high, dual_clip=dual)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_ratio)
     for cell in cells():
-        ratio, advantage = math.exp((logprobs[cell] - old[cell]).item()), advantages[cell].item()
+        ratio, advantage = math.exp(log_ratio[cell].item()), advantages[cell].item()
         limited = min(max(ratio, 1 - low), 1 + high)
-        assert loss[cell].item() == pytest.approx(-min(ratio * advantage, limited * advantage))
+        objective = min(ratio * advantage, limited * advantage)
         outside = ratio > 1 + high if advantage > 0 else ratio < 1 - low
+        if dual is not None and advantage < 0 and objective < dual * advantage:
+            objective, outside = dual * advantage, True
+        assert loss[cell].item() == pytest.approx(-objective)
         assert clipped[cell].item() == outside
         assert gradient[cell].item() == pytest.approx(0.0 if outside else -ratio * advantage)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEEDS)
+def test_clipped_weight_surrogate_against_a_loop(seed: int) -> None:
+    logprobs, log_ratio, advantages = normals(seed, 3)
+    logprobs.requires_grad_()
+    loss, clipped = clipped_weight_surrogate(logprobs, log_ratio, advantages, clip_low=0.3, clip_high=0.5)
+    (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
+    for cell in cells():
+        ratio = math.exp(log_ratio[cell].item())
+        weight = min(max(ratio, 0.7), 1.5)
+        assert loss[cell].item() == pytest.approx(-advantages[cell].item() * weight * logprobs[cell].item())
+        assert gradient[cell].item() == pytest.approx(-advantages[cell].item() * weight)
+        assert clipped[cell].item() == (not 0.7 <= ratio <= 1.5)
 
 
 def test_surrogate_has_the_gradient_of_reinforce_on_policy() -> None:
     logits, advantages = torch.randn(4, 5, 7, dtype=torch.float64, requires_grad=True), normals(0, 1)[0]
     logprobs = logits.log_softmax(-1)[..., 2]
-    loss, clipped = clipped_surrogate(logprobs, logprobs.detach(), advantages, clip_low=0.2, clip_high=0.2)
+    loss, clipped = clipped_surrogate(logprobs - logprobs.detach(), advantages, clip_low=0.2, clip_high=0.2)
     (got,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad((-advantages * logprobs).sum(), logits)
     assert torch.allclose(got, expected, atol=1e-14) and not clipped.any()
-
-
-@settings(deadline=None, max_examples=30)
-@given(seed=SEEDS, cap=st.sampled_from([0.5, 1.0, 2.0]))
-def test_behaviour_weights_against_a_loop(seed: int, cap: float) -> None:
-    old, behaviour = normals(seed, 2)
-    lengths, mask = ragged_mask(seed)
-    got = behaviour_weights(old.requires_grad_(), behaviour, mask, cap=cap)
-    assert not got.requires_grad
-    for row, t in cells():
-        ratio = math.exp(old[row, t].item() - behaviour[row, t].item())
-        assert got[row, t].item() == pytest.approx(min(ratio, cap) if t < lengths[row] else 0.0)
-
-
-def test_behaviour_weights_do_not_overflow() -> None:
-    got = behaviour_weights(torch.tensor([[0.0]]), torch.tensor([[-1e4]]), torch.tensor([[True]]), cap=2.0)
-    assert got.item() == pytest.approx(2.0)
 
 
 @settings(deadline=None, max_examples=30)
@@ -112,12 +119,19 @@ def test_token_weights_give_the_mean_however_rows_are_divided(seed: int, aggrega
     rows = [loss[row, :length].tolist() for row, length in enumerate(lengths)]
     if aggregate == "token":
         expected = sum(map(sum, rows)) / max(sum(lengths), 1)
+    elif aggregate == "fixed":
+        expected = sum(map(sum, rows)) / 7 / len(rows)
     else:
         expected = sum(sum(row) / len(row) for row in rows if row) / len(rows)
-    weights = token_weights(mask, aggregate)
+    weights = token_weights(mask, aggregate, fixed_length=7)
     assert not weights[~mask].any()
     parts = [(loss[part] * weights[part]).sum().item() for part in (slice(cut), slice(cut, None))]
     assert sum(parts) == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_fixed_length_is_needed_for_its_mean() -> None:
+    with pytest.raises(ValueError, match="fixed_length"):
+        token_weights(torch.ones(2, 3, dtype=torch.bool), "fixed")
 
 
 @pytest.mark.parametrize(

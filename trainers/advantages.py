@@ -21,13 +21,72 @@ def group_advantages(rewards: Tensor, groups: Tensor, *, divide_by_std: bool, ep
     zeros = rewards.new_zeros(number)
     centred = rewards - (zeros.index_add(0, index, rewards) / count)[index]
     # Rounding leaves a residue where all rewards are equal, and the division would make noise of it.
-    highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)
-    lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
-    centred = torch.where((highest == lowest)[index], torch.zeros_like(centred), centred)
+    centred = torch.where(_equal(rewards, groups), torch.zeros_like(centred), centred)
     if not divide_by_std:
         return centred
     std = (zeros.index_add(0, index, centred.square()) / count).sqrt()
     return centred / (std[index] + eps)
+
+
+def leave_one_out(rewards: Tensor, groups: Tensor, *, divide_by_std: bool = False) -> Tensor:
+    """Return each reward minus the mean of the others of its group, as `group_advantages` divided or not.
+
+    rewards (B,), groups (B,) any integers -> (B,); a group with one member gives 0. The baseline does not depend on the
+    rollout itself, so undivided the gradient is unbiased. Kool et al. 2019; Ahmadian et al. 2024 (RLOO).
+    """
+    _, index, count = torch.unique(groups, return_inverse=True, return_counts=True)
+    size = count.to(rewards.dtype)[index]
+    relative: Tensor = group_advantages(rewards, groups, divide_by_std=divide_by_std) * size / (size - 1).clamp(min=1)
+    return relative
+
+
+def best_of_group(rewards: Tensor, groups: Tensor, number: int) -> Tensor:
+    """Return which rollouts (B,) are among the `number` best of their group; none where all rewards are equal.
+
+    rewards (B,), groups (B,). Of equal rewards the earlier rollout is taken.
+    """
+    return (_rank(-rewards, groups) < number) & ~_equal(rewards, groups)
+
+
+def best_and_worst(rewards: Tensor, groups: Tensor, usable: Tensor) -> Tensor:
+    """Return +1 (B,) for the best rollout of each group, -1 for its worst, 0 for others and where all are equal.
+
+    rewards (B,), groups (B,), usable (B,) bool: which rollouts may be taken.
+    """
+    signs = torch.zeros_like(rewards)
+    rewards, groups = rewards[usable], groups[usable]
+    best, worst = (_rank(keys, groups) == 0 for keys in (-rewards, rewards))
+    signs[usable] = (best.to(signs.dtype) - worst.to(signs.dtype)) * ~_equal(rewards, groups)
+    return signs
+
+
+def _rank(keys: Tensor, groups: Tensor) -> Tensor:
+    """Return the place (B,) of each row in its group, smallest key first, equal keys in the order given."""
+    _, index, count = torch.unique(groups, return_inverse=True, return_counts=True)
+    order = torch.argsort(keys, stable=True)
+    order = order[torch.argsort(index[order], stable=True)]
+    starts = torch.repeat_interleave(count.cumsum(0) - count, count)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=keys.device) - starts
+    return rank
+
+
+def _equal(rewards: Tensor, groups: Tensor) -> Tensor:
+    """Return whether all rewards of each row's group are equal, (B,)."""
+    unique, index = torch.unique(groups, return_inverse=True)
+    zeros = rewards.new_zeros(len(unique))
+    highest = zeros.scatter_reduce(0, index, rewards, "amax", include_self=False)
+    lowest = zeros.scatter_reduce(0, index, rewards, "amin", include_self=False)
+    return (highest == lowest)[index]
+
+
+def overlong_penalty(lengths: Tensor, limit: int, *, share: float, penalty: float) -> Tensor:
+    """Return what completions of `lengths` (B,) tokens lose: 0 up to the last `share` of `limit`, then up to `penalty`.
+
+    In the unit of the reward. Yu et al. 2025 (DAPO), eq. 13.
+    """
+    buffer = share * limit
+    return penalty * ((lengths - (limit - buffer)) / buffer).clamp(0, 1)
 
 
 def token_rewards(rewards: Tensor, mask: Tensor, kl: Tensor | None, coefficient: float) -> Tensor:

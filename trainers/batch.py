@@ -16,7 +16,9 @@ def assemble(groups: Sequence[Group], version: int) -> Batch:
 
     Raises ValueError if some rollouts have reference log-probs and others have none.
     """
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = [rollout for group in groups for rollout in group.sampled]
+    greedy = [rollout.reward for group in groups for rollout in group.rollouts if rollout.greedy]
+    sizes = [len(group.sampled) for group in groups]
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     with_reference = {rollout.reference_logprobs is not None for rollout in rollouts}
     if len(with_reference) > 1:
@@ -25,15 +27,22 @@ def assemble(groups: Sequence[Group], version: int) -> Batch:
     return Batch(
         version=version,
         uids=tuple(rollout.uid for rollout in rollouts),
-        prompt_ids=tuple(group.prompt.token_ids for group in groups for _ in group.rollouts),
+        prompt_ids=tuple(group.prompt.token_ids for group in groups for _ in group.sampled),
         completion_ids=pad([r.token_ids for r in rollouts], np.int32),
         mask=np.arange(max(lengths, default=0))[None, :] < np.array(lengths)[:, None],
         behaviour_logprobs=pad([r.logprobs for r in rollouts], np.float32),
         reference_logprobs=pad(reference, np.float32) if reference else None,
         token_versions=pad([token_versions(r) for r in rollouts], np.int32),
         rewards=np.array([r.reward for r in rollouts], np.float32),
-        groups=np.array([i for i, group in enumerate(groups) for _ in group.rollouts], np.int32),
+        groups=np.repeat(np.arange(len(groups), dtype=np.int32), sizes),
+        greedy_rewards=np.repeat(np.array(greedy, np.float32), sizes) if greedy else None,
     )
+
+
+def informative(group: Group) -> bool:
+    """Whether the rewards of a group differ; where all are equal, no advantage does. Yu et al. 2025 (DAPO)."""
+    rewards = [rollout.reward for rollout in group.sampled]
+    return min(rewards) < max(rewards)
 
 
 def pad(rows: Sequence[NDArray[Number]], dtype: type[Number]) -> NDArray[Number]:
@@ -54,7 +63,7 @@ def token_versions(rollout: Rollout) -> NDArray[np.int32]:
 
 def rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     """Describe the rollouts of a step by the names of docs/metrics.md."""
-    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    rollouts = [rollout for group in groups for rollout in group.sampled]
     staleness = [version - rollout.oldest_version for rollout in rollouts]
     metrics = {f"reward/{name}": value for name, value in _spread([r.reward for r in rollouts]).items()}
     for component in rollouts[0].rewards:

@@ -13,6 +13,7 @@ from configs.errors import UserError
 from trainers.types import Discarded, Group, Prompt
 
 FREE_DISCARDS = 8  # so that one bad prompt at the start does not end a run
+FREE_REFILLS = 10  # batches of uninformative groups
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +34,12 @@ class Buffer:
 
     `wanted` is how many groups the run still needs; beyond it nothing is admitted, so a run ends
     without generating what nobody trains on. `discard_budget` is the share of admitted prompts that
-    may be discarded.
+    may be discarded, `refill_budget` the share whose groups may be replaced as uninformative.
     """
 
-    def __init__(self, *, batch: int, staleness: int, wanted: int, discard_budget: float = 1.0) -> None:
+    def __init__(
+        self, *, batch: int, staleness: int, wanted: int, discard_budget: float = 1.0, refill_budget: float = 1.0
+    ) -> None:
         self.batch = batch
         self.slots = (staleness + 1) * batch
         self._wanted = wanted  # groups still to be taken
@@ -46,6 +49,8 @@ class Buffer:
         self._tickets = 0  # given out so far
         self._discards = 0
         self._discard_budget = discard_budget
+        self._replaced = 0
+        self._refill_budget = refill_budget
         self._changed = asyncio.Condition()
 
     async def admit(self) -> int:
@@ -70,6 +75,20 @@ class Buffer:
             raise UserError(
                 f"{self._discards} of {self._tickets} prompts were discarded, more than loop.discard_budget="
                 f"{self._discard_budget} allows; correct the cause or allow more; the last: {prompt.uid}: {reason}"
+            )
+
+    async def replace(self, ticket: int, prompt: Prompt) -> None:
+        """Give up a ticket whose group has nothing to train on; its slot is free at once.
+
+        Raises UserError past the budget, but not before FREE_REFILLS batches were replaced: a start may be poor.
+        """
+        await self._finish(ticket, Discarded(prompt=prompt, reason="all its rewards are equal", uninformative=True))
+        self._replaced += 1
+        if self._replaced > max(FREE_REFILLS * self.batch, self._refill_budget * self._tickets):
+            raise UserError(
+                f"{self._replaced} of {self._tickets} groups had equal rewards, more than algorithm.refill_budget="
+                f"{self._refill_budget} allows; give other prompts or another reward, raise sampling.n, or set "
+                "algorithm.informative_groups=false"
             )
 
     async def take(self) -> Take:

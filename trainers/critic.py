@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from configs import schema
-from trainers import targets
 from trainers.engine import Process
-from trainers.losses import clipped_value_loss, token_weights
+from trainers.losses import clipped_value_loss
 from trainers.microbatch import MicroBatch
 from trainers.models import ValueModel, load_sequence_classifier
 from trainers.trainee import Trainee
@@ -37,9 +36,9 @@ class Critic:
     def values(self, batch: Batch) -> Floats:
         """Return the values (B, T) of the states before each completion token, 0 outside the mask, on all ranks."""
         values = torch.zeros(batch.mask.shape)
-        rows = list(range(len(batch.uids)))
+        units = [(row,) for row in range(len(batch.uids))]
         with torch.no_grad():
-            for micro in self.trainee.plan(batch, rows):
+            for micro in self.trainee.plan(batch, units):
                 predicted = self._forward(batch, micro)
                 if micro.counts:
                     values[list(micro.rows)] = predicted.cpu()
@@ -51,12 +50,13 @@ class Critic:
 
         Raises ValueError if the algorithm has no critic.
         """
-        returns = targets.advantages(batch, self.algorithm, self.kl.value, values).returns
+        towards = self.trainee.targets(batch, values)
+        returns = towards.outputs.returns
         if returns is None:
             raise ValueError(f"algorithm {self.algorithm.name} gives no returns to fit a critic to")
         old, losses, norms = torch.tensor(values), [], []
-        for rows in self.trainee.minibatches(batch):
-            loss, norm = self._update(batch, rows, old, returns)
+        for units in self.trainee.minibatches(towards.units):
+            loss, norm = self._update(batch, units, old, returns)
             losses.append(loss)
             norms.append(norm)
         self.kl.observe(batch)
@@ -69,10 +69,9 @@ class Critic:
             "value/explained_variance": 1 - float(unexplained),
         }
 
-    def _update(self, batch: Batch, rows: list[int], old: Tensor, returns: Tensor) -> tuple[float, float]:
-        """Take one optimizer step on `rows`; return this rank's share of the loss, and the gradient norm."""
-        weights = torch.zeros(batch.mask.shape)
-        weights[rows] = token_weights(torch.tensor(batch.mask[rows]), self.algorithm.aggregate)
+    def _update(self, batch: Batch, units: list[tuple[int, ...]], old: Tensor, returns: Tensor) -> tuple[float, float]:
+        """Take one optimizer step on `units`; return this rank's share of the loss, and the gradient norm."""
+        weights = self.trainee.weights(batch, units)
         shares: list[float] = []
 
         def loss_fn(micro: MicroBatch) -> Tensor:
@@ -84,7 +83,7 @@ class Critic:
             shares.append(float(total.detach()))
             return total
 
-        norm = self.engine.step(self.trainee.plan(batch, rows), loss_fn)
+        norm = self.engine.step(self.trainee.plan(batch, units), loss_fn)
         return sum(shares), norm
 
     def _forward(self, batch: Batch, micro: MicroBatch) -> Tensor:

@@ -107,7 +107,8 @@ class RunJournal:
     async def record(self, take: Take, stats: StepStats, weights: Weights) -> None:
         """Append to the ledger, log the metrics, and save a checkpoint when one is due."""
         for gone in take.discarded:
-            log.warning("prompt %s is discarded: %s", gone.prompt.uid, gone.reason)
+            if not gone.uninformative:
+                log.warning("prompt %s is discarded: %s", gone.prompt.uid, gone.reason)
         self.position += take.retired
         self._version = weights.version
         self._ledger.append(
@@ -115,7 +116,7 @@ class RunJournal:
                 step=weights.version,
                 version=weights.version,
                 prompts=tuple(group.prompt.uid for group in take.groups),
-                rollouts=tuple(rollout.uid for group in take.groups for rollout in group.rollouts),
+                rollouts=tuple(rollout.uid for group in take.groups for rollout in group.sampled),
                 discarded={gone.prompt.uid: gone.reason for gone in take.discarded},
                 loss=stats.loss,
                 grad_norm=stats.grad_norm,
@@ -135,12 +136,13 @@ class RunJournal:
     async def _measure(self, take: Take, stats: StepStats, weights: Weights) -> dict[str, float]:
         now = time.monotonic()
         seconds, self._finished = now - self._finished, now
-        rollouts = [rollout for group in take.groups for rollout in group.rollouts]
+        rollouts = [rollout for group in take.groups for rollout in group.sampled]
         return {
             **rollout_metrics(take.groups, weights.version - 1),
             **await self._hands.gauges(),
             **stats.metrics,
-            "rollout/discarded": float(len(take.discarded)),
+            "rollout/discarded": float(sum(not gone.uninformative for gone in take.discarded)),
+            "rollout/uninformative": float(sum(gone.uninformative for gone in take.discarded)),
             "time/step": seconds,
             "throughput/samples_per_s": len(rollouts) / seconds,
             "throughput/tokens_per_s": sum(len(rollout.token_ids) for rollout in rollouts) / seconds,
@@ -282,7 +284,7 @@ def sample_rows(take: Take, groups: int = 4) -> list[dict[str, Any]]:
     """Return one completion of each of the first groups as table rows."""
     rows: list[dict[str, Any]] = []
     for group in take.groups[:groups]:
-        rollout = group.rollouts[0]
+        rollout = group.sampled[0]
         prompt = group.prompt.messages[-1]["content"] if group.prompt.messages else ""
         rows.append({"prompt": prompt, "completion": rollout.text, "reward": rollout.reward, **rollout.rewards})
     return rows

@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,23 +11,26 @@ from torch import Tensor
 
 from configs import schema
 from trainers import targets
+from trainers.algorithms import ALGORITHMS, LossInputs
 from trainers.engine import Process, random_state
-from trainers.losses import behaviour_weights, clipped_surrogate, kl_estimate, token_weights
+from trainers.importance import effective_share, importance_weights
+from trainers.losses import kl_estimate
 from trainers.microbatch import MicroBatch
 from trainers.models import completion_logprobs, load_policy
+from trainers.targets import Targets
 from trainers.trainee import Trainee
 from trainers.types import Batch, Floats, Ints, StepStats
+
+SUMS = ("loss", "tokens", "entropy", "clipped", "weight", "weight_squared", "truncated", "masked")
 
 
 @dataclass(slots=True, kw_only=True)
 class _Trained:
     """What one step collects on this rank; sums over tokens that were trained on."""
 
-    old: Tensor  # (B, T) log-probs before the step; rows of other ranks are 0 until gathered
-    seen: Tensor  # (B,) 1 where this rank has filled `old`
-    sums: dict[str, float] = field(
-        default_factory=lambda: {"loss": 0.0, "tokens": 0.0, "entropy": 0.0, "clipped": 0.0, "weight": 0.0}
-    )
+    proximal: Tensor  # (B, T) the learner's log-probs before the step; rows of other ranks are 0 until gathered
+    seen: Tensor  # (B,) 1 where this rank has filled `proximal`
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMS, 0.0))
     grad_norms: list[float] = field(default_factory=list)
 
 
@@ -56,86 +60,110 @@ class Learner:
 
         values (B, T) of the critic, for algorithms that have one. Every rank is given the whole batch.
         """
-        advantages = targets.advantages(batch, self.algorithm, self.kl.value, values).advantages
+        towards = self.trainee.targets(batch, values)
         rate = self.engine.learning_rate
-        trained = self._old_logprobs(batch) if self.trainee.updates > 1 else None
-        several_updates = trained is not None
-        trained = trained or _Trained(old=torch.zeros(batch.mask.shape), seen=torch.zeros(len(batch.uids)))
-        for rows in self.trainee.minibatches(batch):
-            self._update(batch, rows, advantages, trained, several_updates)
-        return self._stats(batch, trained, several_updates, rate)
+        recompute = self.trainee.updates > 1 and self.algorithm.proximal == "recompute"
+        trained = self._recomputed(batch, towards) if recompute else self._nothing(batch)
+        for units in self.trainee.minibatches(towards.units):
+            self._update(batch, units, towards, trained, recompute)
+        return self._stats(batch, trained, recompute, rate)
 
     def _update(
-        self, batch: Batch, rows: list[int], advantages: Tensor, trained: _Trained, several_updates: bool
+        self, batch: Batch, units: list[tuple[int, ...]], towards: Targets, trained: _Trained, recomputed: bool
     ) -> None:
-        """Take one optimizer step on `rows`."""
-        weights = torch.zeros(batch.mask.shape)
-        weights[rows] = token_weights(torch.tensor(batch.mask[rows]), self.algorithm.aggregate)
+        """Take one optimizer step on `units`."""
+        weights = self.trainee.weights(batch, units)
+        first = not trained.grad_norms
 
         def loss_fn(micro: MicroBatch) -> Tensor:
             rows = list(micro.rows)
             logprobs, entropy = self._forward(batch, micro)
-            old = trained.old[rows].to(logprobs.device) if several_updates else logprobs.detach()
-            mask = torch.tensor(batch.mask[rows], device=logprobs.device)
-            loss, clipped, weight = self._token_losses(batch, rows, logprobs, old, mask, advantages[rows])
+            proximal = trained.proximal[rows].to(logprobs.device) if recomputed else logprobs.detach()
+            loss, counted = self._token_losses(batch, rows, logprobs, proximal, towards)
+            if self.algorithm.entropy_bonus:
+                loss = loss - self.algorithm.entropy_bonus * entropy
             total = (loss * weights[rows].to(loss.device)).sum() * micro.counts
             if micro.counts:
-                trained.old[rows], trained.seen[rows] = old.cpu(), 1
-                counted = {
-                    "loss": total,
-                    "tokens": mask,
-                    "entropy": entropy,
-                    "clipped": clipped & mask,
-                    "weight": weight,
-                }
-                for name, value in counted.items():
+                if first:
+                    trained.proximal[rows], trained.seen[rows] = proximal.cpu(), 1
+                for name, value in {**counted, "loss": total, "entropy": entropy}.items():
                     trained.sums[name] += float(value.detach().sum())
             return total
 
-        trained.grad_norms.append(self.engine.step(self.trainee.plan(batch, rows), loss_fn))
+        trained.grad_norms.append(self.engine.step(self.trainee.plan(batch, units), loss_fn))
 
     def _token_losses(
-        self, batch: Batch, rows: list[int], logprobs: Tensor, old: Tensor, mask: Tensor, advantages: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return loss, whether clipped, and importance weight of each token, all (b, T)."""
+        self, batch: Batch, rows: list[int], logprobs: Tensor, proximal: Tensor, towards: Targets
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each token (b, T), weighted by importance, and what is counted of it."""
         config, device = self.algorithm, logprobs.device
-        loss, clipped = clipped_surrogate(
-            logprobs, old, advantages.to(device), clip_low=config.clip_low, clip_high=config.clip_high
+        here = partial(torch.tensor, device=device)
+        mask, behaviour = here(batch.mask[rows]), here(batch.behaviour_logprobs[rows])
+        reference = None if batch.reference_logprobs is None else here(batch.reference_logprobs[rows])
+        outputs = ALGORITHMS[config.name].loss(
+            LossInputs(
+                logprobs=logprobs,
+                proximal=proximal if config.proximal == "recompute" else behaviour,
+                advantages=towards.outputs.advantages[rows].to(device),
+                mask=mask,
+                rewards=towards.rewards[rows].to(device),
+                groups=here(batch.groups[rows]),
+                reference=reference,
+                beta=self.kl.value,
+                clip_low=config.clip_low,
+                clip_high=config.clip_high,
+                dual_clip=config.dual_clip,
+                ratio=config.ratio,
+                labels=config.pair_labels,
+            )
         )
+        loss = outputs.loss
         if config.kl.where == "loss" and self.kl.value > 0:
-            if batch.reference_logprobs is None:
+            if reference is None:
                 raise ValueError("a KL term in the loss needs reference log-probs, and the batch has none")
-            reference = torch.tensor(batch.reference_logprobs[rows], device=device)
             loss = loss + self.kl.value * kl_estimate(logprobs, reference, config.kl.estimator)
-        weight = mask.float()
-        if config.behaviour_cap is not None:
-            # Of the KL term too: its expectation is over the policy's tokens, and these are another's.
-            behaviour = torch.tensor(batch.behaviour_logprobs[rows], device=device)
-            weight = behaviour_weights(old, behaviour, mask, cap=config.behaviour_cap)
-        return loss * weight, clipped, weight
+        off_policy = config.off_policy.model_dump()
+        if config.proximal == "behaviour":  # the ratio holds the weights already
+            off_policy["weight"] = "none"
+        # Of the KL term too: its expectation is over the policy's tokens, and these are another's.
+        importance = importance_weights(proximal, behaviour, mask, **off_policy)
+        counted = {
+            "tokens": mask,
+            "clipped": outputs.clipped & mask,
+            "weight": importance.weights,
+            "weight_squared": importance.weights.square(),
+            "truncated": importance.truncated,
+            "masked": importance.masked,
+        }
+        return loss * importance.weights, counted
 
     def _forward(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         inputs = self.trainee.inputs(batch, micro)
-        logprobs, entropy = self.engine.model(inputs, temperature=self.temperature)
+        options = {"entropy_gradient": True} if self.algorithm.entropy_bonus else {}
+        logprobs, entropy = self.engine.model(inputs, temperature=self.temperature, **options)
         return logprobs, entropy
 
-    def _old_logprobs(self, batch: Batch) -> _Trained:
-        """Compute the log-probs of the whole batch before any update, each rank its share."""
-        old = torch.zeros(batch.mask.shape)
-        rows = list(range(len(batch.uids)))
+    def _nothing(self, batch: Batch) -> _Trained:
+        return _Trained(proximal=torch.zeros(batch.mask.shape), seen=torch.zeros(len(batch.uids)))
+
+    def _recomputed(self, batch: Batch, towards: Targets) -> _Trained:
+        """Compute the log-probs of what is trained on before any update, each rank its share."""
+        found = self._nothing(batch)
         with torch.no_grad():
-            for micro in self.trainee.plan(batch, rows):
+            for micro in self.trainee.plan(batch, towards.units) if towards.units else ():
                 logprobs, _ = self._forward(batch, micro)
                 if micro.counts:
-                    old[list(micro.rows)] = logprobs.cpu()
-        return _Trained(old=self.engine.all_sum(old), seen=torch.ones(len(rows)))
+                    found.proximal[list(micro.rows)], found.seen[list(micro.rows)] = logprobs.cpu(), 1
+        return _Trained(proximal=self.engine.all_sum(found.proximal), seen=self.engine.all_sum(found.seen))
 
-    def _stats(self, batch: Batch, trained: _Trained, several_updates: bool, rate: float) -> StepStats:
-        names = list(trained.sums)
-        sums = self.engine.all_sum(torch.tensor([trained.sums[name] for name in names], dtype=torch.float64))
-        total = dict(zip(names, sums.tolist(), strict=True))
-        old = trained.old if several_updates else self.engine.all_sum(trained.old)
-        updates, tokens = len(trained.grad_norms), max(total["tokens"], 1.0)
+    def _stats(self, batch: Batch, trained: _Trained, gathered: bool, rate: float) -> StepStats:
+        sums = self.engine.all_sum(torch.tensor([trained.sums[name] for name in SUMS], dtype=torch.float64))
+        total = dict(zip(SUMS, sums.tolist(), strict=True))
+        proximal, seen = trained.proximal, trained.seen
+        if not gathered:
+            proximal, seen = self.engine.all_sum(proximal), self.engine.all_sum(seen)
+        # No update: the algorithm chose nothing to train on.
+        updates, tokens = max(len(trained.grad_norms), 1), max(total["tokens"], 1.0)
         metrics = {
             "loss/policy": total["loss"] / updates,
             "kl/coefficient": self.kl.value,
@@ -144,7 +172,10 @@ class Learner:
             "policy/grad_norm": sum(trained.grad_norms) / updates,
             "policy/learning_rate": rate,
             "rollout/importance_weight_mean": total["weight"] / tokens,
-        } | _gaps(batch, old)
+            "rollout/importance_effective_share": effective_share(total["weight"], total["weight_squared"], tokens),
+            "rollout/importance_truncated_share": total["truncated"] / tokens,
+            "rollout/importance_masked_share": total["masked"] / tokens,
+        } | _gaps(batch, proximal, seen > 0)
         self.kl.observe(batch)
         return StepStats(
             loss=metrics["loss/policy"],
@@ -190,19 +221,24 @@ class Learner:
         self.trainee.export(directory)
 
 
-def _gaps(batch: Batch, old: Tensor) -> dict[str, float]:
-    """Compare the learner's log-probs `old` (B, T) before the step with those of the reference and of the engine."""
-    mask = torch.tensor(batch.mask)
+def _gaps(batch: Batch, proximal: Tensor, seen: Tensor) -> dict[str, float]:
+    """Compare the learner's log-probs (B, T) before the step with those of the reference and of the engine.
+
+    seen: the rows (B,) of which the learner has computed them; elsewhere the engine's stand in against the reference.
+    """
+    behaviour, every = torch.tensor(batch.behaviour_logprobs), torch.tensor(batch.mask)
+    mask = every & seen[:, None]
     versions = torch.tensor(batch.token_versions)
-    here = torch.where(mask, versions, versions.max() + 1).amin(1, keepdim=True)
-    mixed = (torch.where(mask, versions, here) != here).any(1, keepdim=True) & mask
+    here = torch.where(every, versions, versions.max() + 1).amin(1, keepdim=True)
+    mixed = (torch.where(every, versions, here) != here).any(1, keepdim=True) & mask
     fresh = ~mixed & (versions == batch.version) & mask
-    gap = (old - torch.tensor(batch.behaviour_logprobs)).abs()
+    gap = (proximal - behaviour).abs()
     found = {
         "rollout/behaviour_gap": targets.masked_mean(gap, fresh),
         "rollout/mixed_gap": targets.masked_mean(gap, mixed),
     }
     if batch.reference_logprobs is not None:
-        k3 = kl_estimate(old, torch.tensor(batch.reference_logprobs), "k3")
-        found["kl/reference"] = targets.masked_mean(k3, mask)
+        policy = torch.where(mask, proximal, behaviour)
+        k3 = kl_estimate(policy, torch.tensor(batch.reference_logprobs), "k3")
+        found["kl/reference"] = targets.masked_mean(k3, every)
     return {name: value for name, value in found.items() if value is not None}

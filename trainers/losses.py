@@ -29,27 +29,42 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal
 
 
 def clipped_surrogate(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+    log_ratio: Tensor,
+    advantages: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the clipped policy loss of each token, and where clipping removed its gradient (bool).
 
-    All (B, T); the probability ratio is limited to [1 - clip_low, 1 + clip_high]. Schulman et al. 2017 (PPO), eq. 7;
-    two bounds as in Yu et al. 2025 (DAPO).
+    All (B, T); log_ratio of current and proximal policy, the ratio is limited to [1 - clip_low, 1 + clip_high]. With
+    `dual_clip` the loss of a negative advantage A is at most -A · dual_clip. Schulman et al. 2017 (PPO), eq. 7; two
+    bounds as in Yu et al. 2025 (DAPO); the third of Ye et al. 2020 (Dual-clip PPO).
     """
-    ratio = torch.exp(logprobs - old_logprobs)
+    ratio = torch.exp(log_ratio)
     loss = -advantages * ratio
     limited = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
-    return torch.maximum(loss, limited), (limited > loss).detach()
+    clipped = limited > loss
+    worst = torch.maximum(loss, limited)
+    if dual_clip is not None:
+        bound = torch.where(advantages < 0, -advantages * dual_clip, torch.full_like(advantages, math.inf))
+        clipped = clipped | (worst > bound)
+        worst = torch.minimum(worst, bound)
+    return worst, clipped.detach()
 
 
-def behaviour_weights(old_logprobs: Tensor, behaviour_logprobs: Tensor, mask: Tensor, *, cap: float) -> Tensor:
-    """Return the importance weights learner / behaviour policy, truncated at `cap`, without gradient.
+def clipped_weight_surrogate(
+    logprobs: Tensor, log_ratio: Tensor, advantages: Tensor, *, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """Return -A · clipped ratio · log-prob of each token, and where the ratio was clipped (bool).
 
-    All (B, T), 0 outside the mask. Truncation trades variance for bias: Ionides 2008; Espeholt et al. 2018 (IMPALA).
+    All (B, T). The ratio is a weight without gradient, so a token keeps its gradient when it is clipped. MiniMax 2025
+    (CISPO), eq. 4 and 5.
     """
-    # Capped before the exponential, so that it cannot overflow.
-    weights = (old_logprobs - behaviour_logprobs).detach().clamp(max=math.log(cap)).exp()
-    return torch.where(mask.bool(), weights, torch.zeros_like(weights))
+    ratio = torch.exp(log_ratio).detach()
+    bounded = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return -advantages * bounded * logprobs, bounded != ratio
 
 
 def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, clip: float | None) -> Tensor:
@@ -65,13 +80,23 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
     return error / 2
 
 
-def token_weights(mask: Tensor, aggregate: Literal["token", "sequence"]) -> Tensor:
+def token_weights(
+    mask: Tensor, aggregate: Literal["token", "sequence", "fixed"], *, fixed_length: int | None = None
+) -> Tensor:
     """Return weights (B, T) with which `(loss * weights).sum()` is the mean loss of a minibatch.
 
     mask (B, T) of the WHOLE minibatch: rows may then go to any micro-batch and rank, and the sums add up. token: mean
-    over all tokens; sequence: mean over rollouts of each one's token mean, an empty completion counting as 0.
+    over all tokens; sequence: mean over rollouts of each one's token mean, an empty completion counting as 0; fixed:
+    mean over rollouts of each one's sum / fixed_length (Liu et al. 2025, Dr. GRPO). Raises ValueError without a length.
     """
     weights = mask.to(torch.float32)
-    if aggregate == "token":
-        return weights / weights.sum().clamp(min=1)
-    return weights / weights.sum(1, keepdim=True).clamp(min=1) / max(mask.shape[0], 1)
+    rollouts = max(mask.shape[0], 1)
+    match aggregate:
+        case "token":
+            return weights / weights.sum().clamp(min=1)
+        case "sequence":
+            return weights / weights.sum(1, keepdim=True).clamp(min=1) / rollouts
+        case "fixed":
+            if fixed_length is None:
+                raise ValueError("aggregate=fixed needs fixed_length")
+            return weights / fixed_length / rollouts

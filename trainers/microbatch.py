@@ -11,10 +11,11 @@ from trainers.types import Ints
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bundle:
-    """Rollouts that lie in one row of a forward pass behind the prompt that they share."""
+    """Rollouts that go through the model together: in one row behind the prompt that they share, or in a row each."""
 
     rows: tuple[int, ...]
-    length: int  # tokens of the row
+    length: int  # tokens of the row, or of all rows padded
+    shared: bool = True  # in one row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,16 @@ def bundle(
         limit = min(most, token_budget, prompt + best_branches(prompt, completion, width) * completion)
         bundles += _split(family, prompt, lengths, limit)
     return bundles
+
+
+def together(rows: tuple[int, ...], prompt_ids: Sequence[Ints], lengths: Sequence[int], *, shared: bool) -> Bundle:
+    """Return a bundle of rollouts of one prompt whose losses depend on each other, whatever it costs.
+
+    As `bundle` takes them; shared: in one row, which only some models can read.
+    """
+    prompt, completions = len(prompt_ids[rows[0]]), [lengths[row] for row in rows]
+    length = prompt + sum(completions) if shared else len(rows) * (prompt + max(completions))
+    return Bundle(rows=rows, length=length, shared=shared)
 
 
 def _split(family: Sequence[int], prompt: int, lengths: Sequence[int], limit: float) -> list[Bundle]:
@@ -120,7 +131,7 @@ def plan(bundles: Sequence[Bundle], token_budget: int, ranks: int = 1) -> list[l
 def _micro_batch(bundles: Sequence[Bundle], *, counts: bool = True) -> MicroBatch:
     return MicroBatch(
         rows=tuple(row for one in bundles for row in one.rows),
-        bundles=tuple(len(one.rows) for one in bundles),
+        bundles=tuple(size for one in bundles for size in ([len(one.rows)] if one.shared else [1] * len(one.rows))),
         counts=counts,
     )
 

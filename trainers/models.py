@@ -27,10 +27,13 @@ class PolicyModel(nn.Module):
         self.hf = hf
         self.logits_per_chunk = logits_per_chunk
 
-    def forward(self, batch: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return log-probs (b, T) and entropies (b, T, no gradient) in nats of softmax(logits / temperature).
+    def forward(
+        self, batch: Sequences, temperature: float = 1.0, *, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return log-probs and entropies, both (b, T), in nats of softmax(logits / temperature).
 
-        0 outside the mask. Logits exist for a chunk of tokens at a time only; the backward pass computes them again.
+        Entropies have a gradient only if it is asked for. 0 outside the mask. Logits exist for a chunk of tokens at a
+        time only; the backward pass computes them again.
         """
         states = _states(self.hf, batch)
         hidden = states[batch.rows[:, None], batch.positions][batch.mask]
@@ -38,7 +41,7 @@ class PolicyModel(nn.Module):
         size = max(1, self.logits_per_chunk // self.hf.config.get_text_config().vocab_size)
         parts = []
         for start in range(0, max(len(hidden), 1), size):  # once even if all completions are empty
-            chunk = (hidden[start : start + size], wanted[start : start + size], temperature)
+            chunk = (hidden[start : start + size], wanted[start : start + size], temperature, entropy_gradient)
             if torch.is_grad_enabled():
                 parts.append(checkpoint(self._score, *chunk, use_reentrant=False))
             else:
@@ -47,12 +50,14 @@ class PolicyModel(nn.Module):
         zeros = torch.zeros(batch.mask.shape, dtype=torch.float32, device=states.device)
         return zeros.masked_scatter(batch.mask, logprobs), zeros.masked_scatter(batch.mask, entropies)
 
-    def _score(self, hidden: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def _score(
+        self, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
         logits = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config())
         if temperature != 1.0:  # spares a pass over the vocabulary
             logits = logits / temperature
         every = logits.log_softmax(-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
             entropies = -(every.exp() * every).sum(-1)
         return every.gather(-1, targets[:, None])[:, 0], entropies
 

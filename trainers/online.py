@@ -11,7 +11,7 @@ evaluate   waits for a due version    unblocked by train
 
 import asyncio
 import dataclasses
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ from trainers.types import (
 )
 
 T = TypeVar("T")
+Keep = Callable[[Group], bool]
 QUEUED_EVALUATIONS = 2  # then training waits: no due version is dropped, none piles up
 
 
@@ -75,15 +76,17 @@ async def run(
     start: Weights,
     steps: int,
     unfinished: Sequence[Weights] = (),
+    keep: Keep = lambda _: True,
 ) -> None:
     """Train from `start` to version `steps`; return after the last evaluation, or soon after being asked to end.
 
-    `unfinished` are pinned versions of an earlier incarnation that were never evaluated.
+    `unfinished` are pinned versions of an earlier incarnation that were never evaluated; a scored group that `keep`
+    denies is replaced by one of the next prompt.
     """
     pinned: asyncio.Queue[Weights | None] = asyncio.Queue(QUEUED_EVALUATIONS)
     await actors.generator.load(start)
     async with asyncio.TaskGroup() as loops:
-        rolling = loops.create_task(roll_out(prompts, actors.generator, actors.scorers, buffer))
+        rolling = loops.create_task(roll_out(prompts, actors.generator, actors.scorers, buffer, keep))
         evaluating = loops.create_task(evaluate(pinned, actors.evaluator, journal))
         for weights in [*unfinished, *([start] if await journal.pin(start) else [])]:
             await unless_stopped(journal, pinned.put(weights))
@@ -106,15 +109,19 @@ async def unless_stopped(journal: Journal, waiting: Coroutine[Any, Any, T]) -> T
         stop.cancel()
 
 
-async def roll_out(prompts: Iterable[Prompt], generator: Generator, scorers: Sequence[Scorer], buffer: Buffer) -> None:
+async def roll_out(
+    prompts: Iterable[Prompt], generator: Generator, scorers: Sequence[Scorer], buffer: Buffer, keep: Keep
+) -> None:
     """Keep every slot of the buffer filled, in the order of `prompts`."""
     async with asyncio.TaskGroup() as in_flight:
         for prompt in prompts:
             ticket = await buffer.admit()
-            in_flight.create_task(fill(ticket, prompt, generator, scorers, buffer))
+            in_flight.create_task(fill(ticket, prompt, generator, scorers, buffer, keep))
 
 
-async def fill(ticket: int, prompt: Prompt, generator: Generator, scorers: Sequence[Scorer], buffer: Buffer) -> None:
+async def fill(
+    ticket: int, prompt: Prompt, generator: Generator, scorers: Sequence[Scorer], buffer: Buffer, keep: Keep
+) -> None:
     """Sample and score one group; a prompt that cannot be used is discarded, any other error ends the run."""
     try:
         group = await generator.generate(prompt)
@@ -126,7 +133,8 @@ async def fill(ticket: int, prompt: Prompt, generator: Generator, scorers: Seque
         dataclasses.replace(rollout, **{name: value for scores in of_rollout for name, value in scores.items()})
         for rollout, *of_rollout in zip(group.rollouts, *fields, strict=True)
     ]
-    await buffer.put(ticket, Group(prompt=prompt, rollouts=tuple(rollouts)))
+    scored = Group(prompt=prompt, rollouts=tuple(rollouts))
+    await (buffer.put(ticket, scored) if keep(scored) else buffer.replace(ticket, prompt))
 
 
 async def train(

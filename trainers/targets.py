@@ -1,6 +1,7 @@
 """What one batch is trained towards: computed alike on every rank, by the policy's learner and by the critic's."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +10,12 @@ from torch import Tensor
 
 from configs import schema
 from trainers import microbatch
+from trainers.advantages import overlong_penalty
 from trainers.algorithms import ALGORITHMS, AdvantageInputs, AdvantageOutputs
 from trainers.kl import adapt
 from trainers.layout import Sequences, sequences
 from trainers.losses import kl_estimate
-from trainers.microbatch import MicroBatch, bundle
+from trainers.microbatch import MicroBatch, bundle, together
 from trainers.types import Batch, Floats
 
 
@@ -53,11 +55,63 @@ class KLCoefficient:
         return True
 
 
-def advantages(batch: Batch, config: schema.Algorithm, coefficient: float, values: Floats | None) -> AdvantageOutputs:
-    """Return the advantages (B, T) of the whole batch, and the returns of an algorithm with a critic.
+@dataclass(slots=True, kw_only=True)
+class RewardShaping:
+    """What becomes of the rewards before anything is computed from them.
 
-    The KL in the reward is that of the policy that sampled. Raises ValueError if it has no reference log-probs.
+    It depends on the batches seen, each once, so policy and critic have the same without talking.
     """
+
+    config: schema.Algorithm
+    max_tokens: int  # sampling.max_tokens
+    count: int = 0  # rewards seen
+    mean: float = 0.0
+    squares: float = 0.0  # sum of squared distances from the mean
+
+    def observe(self, batch: Batch) -> None:
+        """Take the rewards of `batch` into the running mean and deviation. Chan et al. 1979."""
+        if self.config.reward_scale == "none":
+            return
+        rewards = batch.rewards.astype(np.float64)
+        number, distance = len(rewards), float(rewards.mean()) - self.mean
+        total = self.count + number
+        self.squares += float(rewards.var()) * number + distance**2 * self.count * number / total
+        self.mean += distance * number / total
+        self.count = total
+
+    def shaped(self, rewards: Tensor, lengths: Tensor) -> Tensor:
+        """Return the rewards (B,) of completions of `lengths` (B,) tokens: scaled, clipped, less what is overlong.
+
+        Scaling and clipping: Zheng et al. 2023 (Secrets of RLHF I), section 5.3.1.
+        """
+        if self.count:
+            rewards = (rewards - self.mean) / math.sqrt(self.squares / self.count + 1e-8)
+        if self.config.reward_clip is not None:
+            rewards = rewards.clamp(-self.config.reward_clip, self.config.reward_clip)
+        if (overlong := self.config.overlong) is not None:
+            cost = overlong_penalty(lengths, self.max_tokens, share=overlong.share, penalty=overlong.penalty)
+            rewards = rewards - cost
+        return rewards
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What one batch is trained towards."""
+
+    rewards: Tensor  # (B,) shaped
+    outputs: AdvantageOutputs
+    units: tuple[tuple[int, ...], ...]  # rollouts that must meet in one micro-batch; what is in none is not trained on
+
+
+def targets(
+    batch: Batch, config: schema.Algorithm, coefficient: float, shaping: RewardShaping, values: Floats | None
+) -> Targets:
+    """Return what the whole batch is trained towards, `values` (B, T) being the critic's if there is one.
+
+    The KL in the reward is that of the policy that sampled. Raises ValueError if it has no reference log-probs, and for
+    a number that is not finite, naming the sample.
+    """
+    _check_finite(batch)
     in_reward = config.kl.where == "reward" and coefficient > 0
     kl = None
     if in_reward:
@@ -65,32 +119,74 @@ def advantages(batch: Batch, config: schema.Algorithm, coefficient: float, value
             raise ValueError("a KL term in the reward needs reference log-probs, and the batch has none")
         sampled, reference = torch.tensor(batch.behaviour_logprobs), torch.tensor(batch.reference_logprobs)
         kl = kl_estimate(sampled, reference, "k1")
-    return ALGORITHMS[config.name].advantages(
+    mask = torch.tensor(batch.mask)
+    rewards = shaping.shaped(torch.tensor(batch.rewards), mask.sum(1))
+    greedy = batch.greedy_rewards
+    outputs = ALGORITHMS[config.name].advantages(
         AdvantageInputs(
-            rewards=torch.tensor(batch.rewards),
+            rewards=rewards,
             groups=torch.tensor(batch.groups),
-            mask=torch.tensor(batch.mask),
+            mask=mask,
             kl=kl,
             kl_coefficient=coefficient if in_reward else 0.0,
             values=None if values is None else torch.tensor(values),
+            greedy=None if greedy is None else shaping.shaped(torch.tensor(greedy), torch.zeros(len(greedy))),
             gamma=config.gamma,
             lam=config.lam,
-            divide_by_std=config.divide_by_std,
+            normalise=config.normalise,
+            best=config.best,
         )
     )
+    return Targets(rewards=rewards, outputs=outputs, units=_units(batch, config, outputs.chosen))
 
 
-def minibatches(batch: Batch, epochs: int, number: int, generator: np.random.Generator) -> Iterator[list[int]]:
-    """Yield the rollouts of each optimizer step: every epoch deals all of them anew into `number` parts."""
+def _units(batch: Batch, config: schema.Algorithm, chosen: Tensor | None) -> tuple[tuple[int, ...], ...]:
+    rows = range(len(batch.uids)) if chosen is None else torch.nonzero(chosen)[:, 0].tolist()
+    if config.kl.where != "pairs":
+        return tuple((row,) for row in rows)
+    of_group: dict[int, list[int]] = {}
+    for row in rows:
+        of_group.setdefault(int(batch.groups[row]), []).append(row)
+    return tuple(map(tuple, of_group.values()))
+
+
+def _check_finite(batch: Batch) -> None:
+    """Raise ValueError naming the first sample with a number that is not finite."""
+    arrays: dict[str, Floats | None] = {
+        "reward": batch.rewards,
+        "greedy reward": batch.greedy_rewards,
+        "behaviour log-prob": batch.behaviour_logprobs,
+        "reference log-prob": batch.reference_logprobs,
+    }
+    for what, array in arrays.items():
+        if array is None:
+            continue
+        bad = ~np.isfinite(array) if array.ndim == 1 else (~np.isfinite(array) & batch.mask).any(1)
+        if bad.any():
+            row = int(np.flatnonzero(bad)[0])
+            raise ValueError(f"sample {batch.uids[row]}: its {what} is not a finite number")
+
+
+def minibatches(
+    units: Sequence[tuple[int, ...]], epochs: int, number: int, generator: np.random.Generator
+) -> Iterator[list[tuple[int, ...]]]:
+    """Yield the units of each optimizer step: every epoch deals all of them anew into `number` parts, none empty."""
     for _ in range(epochs):
-        for part in np.array_split(generator.permutation(len(batch.uids)), number):
-            yield [int(row) for row in part]
+        for part in np.array_split(generator.permutation(len(units)), number):
+            if len(part):
+                yield [units[int(place)] for place in part]
 
 
-def plan(batch: Batch, rows: list[int], token_budget: int, ranks: int, *, width: int | None) -> list[list[MicroBatch]]:
-    """Return the micro-batches of each rank for the rollouts `rows`; width as `layout.tree_width` gives it."""
+def plan(
+    batch: Batch, units: Sequence[tuple[int, ...]], token_budget: int, ranks: int, *, width: int | None
+) -> list[list[MicroBatch]]:
+    """Return the micro-batches of each rank for the rollouts of `units`; width as `layout.tree_width` gives it."""
     lengths = [int(n) for n in batch.mask.sum(1)]
-    bundles = bundle(rows, batch.prompt_ids, lengths, token_budget, ranks, width=width)
+    if all(len(unit) == 1 for unit in units):
+        rows = [row for (row,) in units]
+        bundles = bundle(rows, batch.prompt_ids, lengths, token_budget, ranks, width=width)
+    else:
+        bundles = [together(unit, batch.prompt_ids, lengths, shared=width is not None) for unit in units]
     return microbatch.plan(bundles, token_budget, ranks)
 
 

@@ -41,6 +41,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0  # 0: all tokens
     stop: tuple[str, ...] = ()
+    greedy: bool = False  # sample the greedy completion besides
     extra: Mapping[str, Any] = field(default_factory=dict)  # further fields of vLLM's SamplingParams
 
 
@@ -78,6 +79,7 @@ class Rollout:
     rewards: Mapping[str, float] = field(default_factory=dict)  # raw score by component
     reward: float = float("nan")  # weighted sum; NaN until scored
     reference_logprobs: Floats | None = None  # (T,) None: no KL term needs them
+    greedy: bool = False  # sampled at temperature 0, for comparison: never trained on
 
     @property
     def oldest_version(self) -> int:
@@ -91,6 +93,11 @@ class Group:
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
+
+    @property
+    def sampled(self) -> tuple[Rollout, ...]:
+        """Those that are trained on."""
+        return tuple(rollout for rollout in self.rollouts if not rollout.greedy)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +114,7 @@ class Batch:
     token_versions: Ints  # (B, T) policy version each token was sampled from
     rewards: Floats  # (B,)
     groups: Ints  # (B,) rollouts of one prompt share a number, 0 … G-1
+    greedy_rewards: Floats | None = None  # (B,) of the prompt's greedy completion; None: none were sampled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +153,7 @@ class Discarded:
 
     prompt: Prompt
     reason: str
+    uninformative: bool = False  # usable, but its group has nothing to train on
 
 
 class Generator(Protocol):
