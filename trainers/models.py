@@ -17,15 +17,16 @@ from trainers.types import Floats, Ints
 
 DType = Literal["float32", "bfloat16"]
 LOGITS_PER_CHUNK = 2**24  # 64 MB of fp32 logits at a time
+LOGITS_KEPT = 2**26  # 256 MB
 
 
 class PolicyModel(nn.Module):
     """An HF causal language model that returns log-probs of completion tokens only."""
 
-    def __init__(self, hf: Any, *, logits_per_chunk: int = LOGITS_PER_CHUNK) -> None:
+    def __init__(self, hf: Any, *, logits_per_chunk: int = LOGITS_PER_CHUNK, logits_kept: int = LOGITS_KEPT) -> None:
         super().__init__()
         self.hf = hf
-        self.logits_per_chunk = logits_per_chunk
+        self.logits_per_chunk, self.logits_kept = logits_per_chunk, logits_kept
 
     def forward(
         self, batch: Sequences, temperature: float = 1.0, *, entropy_gradient: bool = False
@@ -33,17 +34,22 @@ class PolicyModel(nn.Module):
         """Return log-probs and entropies, both (b, T), in nats of softmax(logits / temperature).
 
         Entropies have a gradient only if it is asked for. 0 outside the mask. Logits exist for a chunk of tokens at a
-        time only; the backward pass computes them again.
+        time. What the backward pass needs of them is kept for the first tokens, up to `logits_kept` numbers, and computed
+        again for the others: at most 4 bytes x (logits_kept + 4 logits_per_chunk) exist at once beside the hidden states
+        (tests/test_memory.py); more in models that cap their logits, and with the gradient of entropies.
         """
         states = _states(self.hf, batch)
-        hidden = states[batch.rows[:, None], batch.positions][batch.mask]
+        # One index for each token: gradients are added up much faster than by pairs of indices.
+        places = (batch.rows[:, None] * states.shape[1] + batch.positions)[batch.mask]
+        hidden = states.flatten(0, 1).index_select(0, places)
         wanted = batch.targets[batch.mask]
-        size = max(1, self.logits_per_chunk // self.hf.config.get_text_config().vocab_size)
+        vocabulary = self.hf.config.get_text_config().vocab_size
+        size, kept = max(1, self.logits_per_chunk // vocabulary), self.logits_kept // vocabulary
         parts = []
         for start in range(0, max(len(hidden), 1), size):  # once even if all completions are empty
             chunk = (hidden[start : start + size], wanted[start : start + size], temperature, entropy_gradient)
-            if torch.is_grad_enabled():
-                parts.append(checkpoint(self._score, *chunk, use_reentrant=False))
+            if torch.is_grad_enabled() and start + len(chunk[0]) > kept:
+                parts.append(checkpoint(self._score, *chunk, use_reentrant=False, preserve_rng_state=False))
             else:
                 parts.append(self._score(*chunk))
         logprobs, entropies = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -53,13 +59,16 @@ class PolicyModel(nn.Module):
     def _score(
         self, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
-        logits = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config())
+        # One name for logits and log-probs, so that the former are freed before more is made.
+        scores = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config())
         if temperature != 1.0:  # spares a pass over the vocabulary
-            logits = logits / temperature
-        every = logits.log_softmax(-1)
-        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            entropies = -(every.exp() * every).sum(-1)
-        return every.gather(-1, targets[:, None])[:, 0], entropies
+            scores = scores / temperature
+        scores = scores.log_softmax(-1)
+        chosen = scores.gather(-1, targets[:, None])[:, 0]  # a recomputation without entropies ends here
+        if entropy_gradient:
+            return chosen, -(scores.exp() * scores).sum(-1)
+        with torch.no_grad():
+            return chosen, -scores.exp().mul_(scores).sum(-1)
 
 
 class ValueModel(nn.Module):
