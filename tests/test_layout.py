@@ -1,6 +1,6 @@
 """Completions that share their prompt's row against each alone in plain HF, and the plan of micro-batches."""
 
-from itertools import chain
+from itertools import chain, combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from tests.tiny import reward_model
 from trainers.layout import TREE_FAMILIES, sequences, tree_width
-from trainers.microbatch import best_branches, bundle, plan
+from trainers.microbatch import best_branches, bundle, pack, plan
 from trainers.models import PolicyModel, ScoreModel, ValueModel, completion_logprobs
 from trainers.scoring import Judged, RewardModel
 from trainers.types import Message
@@ -149,3 +149,26 @@ def test_siblings_share_a_bundle_up_to_the_size_that_costs_least() -> None:
         assert all(cost(best, width) <= cost(best * factor, width) for factor in (0.5, 0.9, 1.1, 2))
     many = bundle(range(64), prompts, [48] * 64, 10_000, width=576)
     assert max(len(one.rows) for one in many) <= best_branches(57, 48, 576) + 1
+
+
+@pytest.mark.parametrize("fewest", [True, False])
+@pytest.mark.parametrize("token_budget", [1, 64, 128, 320, 1000])
+def test_groups_are_the_cheapest_of_all_ways_to_cut_the_sorted_lengths(token_budget: int, fewest: bool) -> None:
+    def cost(sizes: list[tuple[int, int]]) -> tuple[float, float]:  # longest, rows
+        padded = sum(longest * rows for longest, rows in sizes)
+        return (len(sizes), padded) if fewest else (padded + token_budget // 32 * len(sizes), 0)
+
+    rng = np.random.default_rng(token_budget)
+    for count in (1, 2, 9):
+        lengths = rng.integers(1, 100, count).tolist()
+        longest_first = sorted(lengths, reverse=True)
+        ways = []
+        for number in range(count):
+            for places in combinations(range(1, count), number):
+                edges = [0, *places, count]
+                sizes = [(longest_first[a], b - a) for a, b in zip(edges, edges[1:], strict=False)]
+                if all(longest * rows <= token_budget or rows == 1 for longest, rows in sizes):
+                    ways.append(cost(sizes))
+        groups = pack(range(count), lengths, token_budget, fewest=fewest)
+        assert [lengths[item] for group in groups for item in group] == longest_first
+        assert cost([(lengths[group[0]], len(group)) for group in groups]) == min(ways)

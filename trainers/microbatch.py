@@ -101,24 +101,44 @@ def deal(items: Sequence[int], lengths: Sequence[int], ranks: int) -> list[list[
     return shards
 
 
-def pack(items: Sequence[int], lengths: Sequence[int], token_budget: int) -> list[tuple[int, ...]]:
+def pack(
+    items: Sequence[int], lengths: Sequence[int], token_budget: int, *, fewest: bool = True
+) -> list[tuple[int, ...]]:
     """Group `items` of like length so that each group's padded size stays within `token_budget`, longest first.
 
-    An item longer than the budget is a group of its own.
+    As few groups as can be, with the least padding; or, unless `fewest`, one more wherever that saves padding of more
+    than a 32nd of the budget: weights and gradients pass through memory once for each group. An item longer than the
+    budget is a group of its own. Exact, by dynamic programming over the places where the sorted items are cut.
     """
-    groups: list[list[int]] = []
-    for item in _longest_first(items, lengths):
-        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= token_budget:
-            groups[-1].append(item)
-        else:
-            groups.append([item])
-    return [tuple(group) for group in groups]
+    order = _longest_first(items, lengths)
+    another = 1 + sum(lengths[item] for item in items) * len(order) if fewest else token_budget // 32
+    costs, starts = [0], [0]  # of the first 0, 1, 2, ... items: least cost, and where their last group starts
+    for stop in range(1, len(order) + 1):
+        best, chosen = math.inf, stop
+        for start in range(stop - 1, -1, -1):
+            padded = lengths[order[start]] * (stop - start)
+            if padded > token_budget and stop - start > 1:
+                break
+            if costs[start] + padded <= best:
+                best, chosen = costs[start] + padded, start
+        costs.append(int(best) + another)
+        starts.append(chosen)
+    groups: list[tuple[int, ...]] = []
+    stop = len(order)
+    while stop:
+        groups.append(tuple(order[starts[stop] : stop]))
+        stop = starts[stop]
+    return groups[::-1]
 
 
 def plan(bundles: Sequence[Bundle], token_budget: int, ranks: int = 1) -> list[list[MicroBatch]]:
-    """Return the micro-batches of each rank, equally many on all: with ZeRO every forward is a collective."""
+    """Return the micro-batches of each rank, equally many on all: with ZeRO every forward is a collective.
+
+    For the same reason there are as few as can be if there are several ranks.
+    """
     lengths = [one.length for one in bundles]
-    packed = [pack(shard, lengths, token_budget) for shard in deal(range(len(bundles)), lengths, ranks)]
+    shards = deal(range(len(bundles)), lengths, ranks)
+    packed = [pack(shard, lengths, token_budget, fewest=ranks > 1) for shard in shards]
     number = max(map(len, packed))
     shortest = min(bundles, key=lambda one: one.length)
     filler = _micro_batch([shortest], counts=False)
