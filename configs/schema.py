@@ -106,6 +106,19 @@ class Optimizer(Section):
     warmup_steps: int = Field(0, ge=0)
 
 
+class Lora(Section):
+    """Low-rank adapters that are trained instead of all weights (Hu et al. 2021).
+
+    They have no dropout: old and new log-probs must be of one function.
+    """
+
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32, gt=0)
+    """The product of the adapters is scaled by alpha / rank."""
+    target_modules: list[str] = []
+    """Names of linear layers, for example [q_proj, v_proj]; none: all below the head."""
+
+
 class Engine(Section):
     """A DeepSpeed engine."""
 
@@ -116,6 +129,10 @@ class Engine(Section):
     share_prompts: bool = True
     """Send the prompt of several completions through the model once, where the architecture allows it."""
     gradient_checkpointing: bool = False
+    # Left out of dumps while it is none: hashes of what was made before there was this key stay what they are.
+    lora: Lora | None = Field(None, exclude_if=lambda lora: lora is None)
+    """Train adapters and freeze the rest; what is published, evaluated and exported has them merged. Wants a higher
+    learning rate than all weights do."""
     offload: bool = False
     """Keep optimizer state (and, under ZeRO 3, parameters) in CPU memory."""
     optimizer: Optimizer = Optimizer()

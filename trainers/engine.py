@@ -28,6 +28,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch.utils.cpp_extension import get_default_build_root
 
 from configs import schema
+from trainers.lora import Published, add_adapters, published
 
 deepspeed_logger.setLevel(logging.WARNING)
 # Its one print says that an op was built, each time a group is joined. A build that fails raises, or prints elsewhere.
@@ -166,11 +167,13 @@ class TrainEngine:
         total_steps: int,
         process: Process,
     ) -> None:
+        hf: Any = model.hf  # an HF model, which nn.Module's type does not tell
+        if config.lora is not None:
+            add_adapters(hf, config.lora)
         join(process)
         self.rank, self.world_size = process.rank, process.world_size
         self.zero = config.zero
         if config.gradient_checkpointing:
-            hf: Any = model.hf  # an HF model, which nn.Module's type does not tell
             hf.gradient_checkpointing_enable({"use_reentrant": False})
         rate = config.optimizer
         self.model, self.optimizer, _, self.scheduler = deepspeed.initialize(
@@ -182,6 +185,9 @@ class TrainEngine:
             ),
             dist_init_required=False,
         )
+        if self.zero == 0 and self.world_size == 1:
+            # DeepSpeed would copy all gradients into one buffer and back, to average them over one rank.
+            self.model.enable_backward_allreduce = False
         self.model.train()  # there is no dropout; gradient checkpointing wants training mode
         self.device: torch.device = self.model.device
 
@@ -226,20 +232,22 @@ class TrainEngine:
     def state_dict(self) -> dict[str, Tensor]:
         """Return the weights under their HF names on the CPU of rank 0, tied ones once; other ranks get none.
 
-        A collective: all ranks must call it. ZeRO-3 parameters are gathered in buckets.
+        Adapters are merged into their weights, tensor by tensor. A collective: all ranks must call it. Parameters of
+        ZeRO 3 are gathered in buckets.
         """
         state: dict[str, Tensor] = {}
-        bucket: list[tuple[str, nn.Parameter]] = []
+        bucket: list[Published] = []
         size = 0
-        named = list(self.model.module.named_parameters())
-        for place, (name, parameter) in enumerate(named, start=1):
-            bucket.append((name.removeprefix("hf."), parameter))
-            size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-            if size < GATHER_BYTES and place < len(named):
+        weights = list(published(self.model.module))
+        for place, one in enumerate(weights, start=1):
+            bucket.append(one)
+            size += sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in one.parameters)
+            if size < GATHER_BYTES and place < len(weights):
                 continue
-            with deepspeed.zero.GatheredParameters([p for _, p in bucket], enabled=self.zero == 3):
+            gathered = [parameter for part in bucket for parameter in part.parameters]
+            with deepspeed.zero.GatheredParameters(gathered, enabled=self.zero == 3):
                 if self.rank == 0:
-                    state |= {n: p.detach().to("cpu", copy=True) for n, p in bucket}
+                    state |= {part.name: part.value() for part in bucket}
             bucket, size = [], 0
         return state
 
