@@ -153,9 +153,9 @@ def test_a_critic_trains_its_head_in_full_and_is_written_merged(path: str, tmp_p
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "qwen2"])
 def test_layers_that_hold_their_weight_transposed_or_have_a_bias_merge_too(family: str) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if family == "gpt2":
-        shape = {"n_embd": 32, "n_layer": 2, "n_head": 4}
-    config = AutoConfig.for_model(family, vocab_size=50, **shape)
+    heads = {"num_key_value_heads": 2}
+    changes = {"gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4}, "gpt_neox": shape, "qwen2": shape | heads}
+    config = AutoConfig.for_model(family, vocab_size=50, **changes[family])
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config).eval()
     adapted = AutoModelForCausalLM.from_config(config).eval()
