@@ -1,11 +1,10 @@
-"""Rows of local data files, read with the standard library, and what the data section makes of them."""
+"""Rows of local data files, and what a row is once its format is understood (configs.formats)."""
 
 import csv
 import gzip
 import hashlib
 import json
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,8 @@ from dataclasses import dataclass
 from typing import Any, TextIO, TypedDict
 
 from configs.errors import UserError
-from configs.schema import Data
 
 FILES = (".jsonl", ".jsonl.gz", ".csv", ".parquet")
-_HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class Turn(TypedDict):
@@ -35,6 +31,8 @@ class Row:
     fields: Mapping[str, Any]
     chosen: str | None = None  # the preferred completion, or the only one
     rejected: str | None = None
+    margin: float | None = None  # by how much chosen is better, in the dataset's unit, never negative
+    ranked: tuple[str, ...] | None = None  # best first, no two equally good, chosen first and rejected last
 
 
 def is_file(path: str) -> bool:
@@ -59,25 +57,6 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{path}: the dataset is empty; give a file with at least one row")
 
 
-def parse_row(row: Mapping[str, Any], data: Data, where: str) -> Row | None:
-    """Return what `data` sees in a raw row; None if its transcripts share no usable prompt (format hh).
-
-    Raises UserError naming `where`, and the columns found if one that is needed is missing.
-    """
-    match data.format:
-        case "prompt":
-            return Row(messages=_user(_text(row, data.column, where)), fields=row)
-        case "messages":
-            return _conversation(_turns(_column(row, data.column, where), data.column, where), row)
-        case "pairs":
-            prompt = _column(row, "prompt", where)
-            messages = _user(prompt) if isinstance(prompt, str) else _turns(prompt, "prompt", where)
-            chosen, rejected = _text(row, "chosen", where), _text(row, "rejected", where)
-            return Row(messages=messages, chosen=chosen, rejected=rejected, fields=row)
-        case "hh":
-            return _hh(_text(row, "chosen", where), _text(row, "rejected", where), row)
-
-
 def prompt_text(messages: Sequence[Turn]) -> str:
     """Return a prompt as one string: a single turn as it is, several as a labelled transcript."""
     turns = [turn for turn in messages if turn["role"] != "system"] or list(messages)
@@ -98,6 +77,11 @@ def split_of(prompt: str, splits: Mapping[str, float]) -> str | None:
         if place < 0:
             return name
     return None
+
+
+def kind(value: Any) -> str:
+    """Say what a value of a row is, for an error: its type and its beginning."""
+    return "nothing" if value is None else f"{type(value).__name__} {json.dumps(value, default=str)[:40]}"
 
 
 def _numbered(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -126,7 +110,7 @@ def _jsonl(path: str, file: TextIO) -> Iterator[tuple[int, dict[str, Any]]]:
             what = error.msg if isinstance(error, json.JSONDecodeError) else error
             raise UserError(f"{path}:{line}: malformed row: {what}; correct or delete the line") from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{line}: malformed row: a JSON object is needed, not {_kind(row)}")
+            raise UserError(f"{path}:{line}: malformed row: a JSON object is needed, not {kind(row)}")
         yield line, row
 
 
@@ -161,63 +145,3 @@ def _parquet(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield line, row
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: cannot be read after row {line}: {str(error).splitlines()[0]}") from None
-
-
-def _column(row: Mapping[str, Any], column: str, where: str) -> Any:
-    if column not in row:
-        raise UserError(
-            f"{where}: no column {column!r}; found {', '.join(map(str, row)) or 'none'}; set data.column or data.format"
-        )
-    return row[column]
-
-
-def _text(row: Mapping[str, Any], column: str, where: str) -> str:
-    value = _column(row, column, where)
-    if not isinstance(value, str) or not value.strip():
-        given = "an empty string" if isinstance(value, str) else _kind(value)
-        raise UserError(f"{where}: malformed row: {column!r} must be text, not {given}; correct the row or data.format")
-    return value
-
-
-def _turns(value: Any, column: str, where: str) -> tuple[Turn, ...]:
-    if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: malformed row: {column!r} must be a list of chat turns, not {_kind(value)}")
-    for turn in value:
-        if not isinstance(turn, dict) or not all(isinstance(turn.get(key), str) for key in ("role", "content")):
-            raise UserError(f"{where}: malformed row: each turn of {column!r} needs the texts 'role' and 'content'")
-    return tuple(Turn(role=turn["role"], content=turn["content"]) for turn in value)
-
-
-def _conversation(turns: tuple[Turn, ...], row: Mapping[str, Any]) -> Row | None:
-    if turns[-1]["role"] != "assistant":
-        return Row(messages=turns, fields=row)
-    return Row(messages=turns[:-1], chosen=turns[-1]["content"], fields=row) if turns[1:] else None
-
-
-def _user(text: str) -> tuple[Turn, ...]:
-    return (Turn(role="user", content=text),)
-
-
-def _hh(chosen: str, rejected: str, row: Mapping[str, Any]) -> Row | None:
-    prompt, answer = _cut(chosen)
-    other_prompt, other = _cut(rejected)
-    _, *parts = _HH_TURN.split(prompt)
-    turns = tuple(
-        Turn(role=_HH_ROLES[speaker], content=said.strip())
-        for speaker, said in zip(parts[::2], parts[1::2], strict=True)
-    )
-    alternate = all(turn["role"] == ("user", "assistant")[i % 2] for i, turn in enumerate(turns))
-    # Chat templates want alternating, non-empty turns; the dataset has a few rows without.
-    usable = alternate and len(turns) % 2 == 1 and all(turn["content"] for turn in turns)
-    if prompt != other_prompt or not usable or not (answer and other):
-        return None
-    return Row(messages=turns, chosen=answer, rejected=other, fields=row)
-
-
-def _cut(transcript: str) -> tuple[str, str]:
-    prompt, _, answer = transcript.rpartition("\n\nAssistant:")
-    return prompt, answer.strip()
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else f"{type(value).__name__} {json.dumps(value, default=str)[:40]}"

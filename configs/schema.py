@@ -57,10 +57,25 @@ class Data(Section):
     """Configuration of a public dataset (its `name` or `data_dir`)."""
     source_split: str = "train"
     """Split of the public dataset; ignored for files."""
-    format: Literal["prompt", "messages", "hh", "pairs"] = "prompt"
-    """prompt: a column of strings; messages: a column of chat turns; hh: Anthropic transcripts in
-    `chosen` and `rejected`; pairs: columns `prompt`, `chosen`, `rejected`."""
+    format: Literal[
+        "prompt",
+        "messages",
+        "pairs",
+        "columns",
+        "hh",
+        "ultrafeedback",
+        "ultrafeedback_binarized",
+        "helpsteer2",
+        "helpsteer2_preference",
+        "gsm8k",
+        "math",
+    ] = "prompt"
+    """prompt: a column of strings; messages: a column of chat turns; pairs: columns `prompt`, `chosen`, `rejected`;
+    columns: those that `columns` names; the others: datasets as they are published (docs/data.md)."""
     column: str = "prompt"
+    """Of format prompt or messages."""
+    columns: dict[Literal["prompt", "chosen", "rejected", "margin", "completions", "scores"], str] = {}
+    """Of format columns: which column is what, for example {prompt: question, chosen: best, rejected: worst}."""
     render: Literal["chat", "text"] = "chat"
     """chat: the tokenizer's chat template; text: the prompt string as it is."""
     system_prompt: str | None = None
@@ -71,6 +86,9 @@ class Data(Section):
     split: str | None = None
     """Which of `splits` this consumer reads; none: all rows."""
     limit: int | None = Field(None, ge=1)
+    """Rows taken, of those in `split`."""
+    streaming: bool = False
+    """Read a public dataset over the network as far as `limit` needs, without storing it."""
 
 
 class SamplingParams(Section):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -16,8 +17,9 @@ from typing import Any, Literal
 
 from configs.algorithms import FACTS, check, check_action
 from configs.errors import UserError
+from configs.formats import COMPLETIONS, PREFERENCES, parse_rows, refusal
 from configs.machine import check_machine
-from configs.rows import is_file, parse_row, prompt_text, read_rows, split_of
+from configs.rows import is_file, prompt_text, read_rows, split_of
 from configs.schema import Data, EvalScorer, Offline, Recipe, RewardComponent, SamplingParams
 
 Command = Literal["demo", "train", "sft", "reward", "eval"]
@@ -167,12 +169,12 @@ def _offline(recipe: Recipe, command: Command) -> dict[str, Offline]:
     if command == "sft":
         if recipe.sft is None:
             raise UserError("sft: the recipe has no such section; add one with output and data")
-        trainings, formats = {"sft": recipe.sft}, ["messages", "pairs", "hh"]
+        trainings, formats = {"sft": recipe.sft}, COMPLETIONS
     elif command == "reward":
         if not recipe.reward_models:
             raise UserError("reward_models: the recipe names none; add an entry with output and data")
         trainings = {f"reward_models.{name}": training for name, training in recipe.reward_models.items()}
-        formats = ["pairs", "hh"]
+        formats = PREFERENCES
     else:
         return {}
     for key, training in trainings.items():
@@ -243,6 +245,8 @@ def _defined(module: str) -> set[str]:
 
 
 def _check_split(key: str, data: Data) -> None:
+    if wrong := refusal(data):
+        raise UserError(f"{key}.{wrong}")
     if any(share < 0 for share in data.splits.values()) or math.fsum(data.splits.values()) > 1 + 1e-9:
         raise UserError(
             f"{key}.splits: shares are not negative and add up to at most 1, not "
@@ -275,16 +279,13 @@ def _check_rows(key: str, data: Data, makers: Makers) -> None:
                 "public dataset id"
             )
         return
-    seen = kept = 0
     try:
-        for where, raw in islice(read_rows(data.path), ROWS_CHECKED):
-            seen += 1
-            row = parse_row(raw, data, where)
-            if row and (data.split is None or split_of(prompt_text(row.messages), data.splits) == data.split):
-                kept += 1
+        rows = parse_rows(islice(read_rows(data.path), ROWS_CHECKED), data)
+        splits = Counter(split_of(prompt_text(row.messages), data.splits) if data.split else None for row in rows)
+        seen = 0 if splits[data.split] else sum(1 for _ in islice(read_rows(data.path), ROWS_CHECKED))
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    if not kept and seen < ROWS_CHECKED:
+    if 0 < seen < ROWS_CHECKED:
         split = f" in split {data.split!r}" if data.split else ""
         raise UserError(f"{key}: none of the {seen} rows of {data.path} is usable{split}; check format and splits")
 

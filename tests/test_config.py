@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 
 from configs import reference
 from configs.errors import UserError
+from configs.formats import parse_row
 from configs.hardware import fast_dtype
 from configs.load import load, load_with_origins, render
-from configs.rows import Row, parse_row, prompt_text, read_rows, split_of
+from configs.rows import Row, prompt_text, read_rows, split_of
 from configs.schema import Data, Recipe
 from configs.seats import seats
 

@@ -9,13 +9,15 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.errors import UserError
-from configs.rows import Row, is_file, parse_row, prompt_text, read_rows, split_of
+from configs.formats import COMPLETIONS, FOLDERS, PREFERENCES, parse_rows, refusal
+from configs.rows import Row, is_file, prompt_text, read_rows, split_of
 from configs.schema import Data
 from trainers.types import Ints, Message, Prompt
 
@@ -89,6 +91,10 @@ class PromptStream:
         number, messages, ids, fields = self._kept[_order(self.seed, epoch, len(self._kept))[place]]
         return Prompt(uid=f"e{epoch}-p{number}", position=position, messages=messages, token_ids=ids, row=fields)
 
+    def texts(self) -> Iterator[str]:
+        """Return the prompts of one epoch as text, without a system prompt."""
+        return (prompt_text(messages) for _, messages, _, _ in self._kept)
+
     def start_at(self, position: int) -> Iterator[Prompt]:
         """Iterate without end from `position`."""
         while True:
@@ -110,14 +116,20 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def load_rows(data: Data) -> list[Row]:
-    """Return the parsed rows of `data.split`, in file order. Raises UserError naming file and row."""
-    rows = [row for where, raw in _raw_rows(data) if (row := parse_row(raw, data, where)) is not None]
+    """Return the first `data.limit` parsed rows of `data.split`, in file order; what comes after them is not read.
+
+    Raises UserError naming file and row.
+    """
+    if wrong := refusal(data):
+        raise UserError(f"data.{wrong}")
+    parsed = parse_rows(_raw_rows(data), data)
     if data.split is not None:
-        rows = [row for row in rows if split_of(prompt_text(row.messages), data.splits) == data.split]
+        parsed = (row for row in parsed if split_of(prompt_text(row.messages), data.splits) == data.split)
+    rows = list(islice(parsed, data.limit))
     if not rows:
         where = f" in split {data.split!r}" if data.split else ""
         raise UserError(f"{data.path}: no rows{where}; check the data section")
-    return rows[: data.limit]
+    return rows
 
 
 def load_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples[Pair]:
@@ -129,7 +141,10 @@ def load_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     pairs = []
     for number, row in enumerate(rows):
         if row.chosen is None or row.rejected is None:
-            raise UserError(f"{data.path}: format {data.format!r} has no preferences; set data.format=hh or pairs")
+            raise UserError(
+                f"{data.path}: format {data.format!r} has no preferences; set data.format to one of "
+                f"{', '.join(PREFERENCES)}"
+            )
         messages = with_system(row.messages, data.system_prompt)
         chosen, rejected = (conversation_ids(tokenizer, messages, text) for text in (row.chosen, row.rejected))
         pairs.append(
@@ -152,7 +167,9 @@ def load_demonstrations(data: Data, tokenizer: PreTrainedTokenizerBase, max_leng
     items = []
     for number, row in enumerate(rows):
         if row.chosen is None:
-            raise UserError(f"{data.path}: no completions in its rows; set data.format=messages or pairs")
+            raise UserError(
+                f"{data.path}: no completions in its rows; set data.format to one of {', '.join(COMPLETIONS)}"
+            )
         messages = with_system(row.messages, data.system_prompt)
         prompt = prompt_ids(tokenizer, messages, data.render)
         if data.render == "text":
@@ -244,16 +261,15 @@ def _raw_rows(data: Data) -> Iterator[tuple[str, dict[str, Any]]]:
     from datasets import load_dataset  # noqa: PLC0415  # heavy, and not needed for files
 
     try:
-        # hh-rlhf's parts are folders, not configurations.
-        part = {"data_dir": data.name} if data.format == "hh" else {"name": data.name}
-        rows = load_dataset(data.path, split=data.source_split, **part)
+        part = {"data_dir": data.name} if data.format in FOLDERS else {"name": data.name}
+        rows = load_dataset(data.path, split=data.source_split, streaming=data.streaming, **part)
+        for number, row in enumerate(rows, 1):
+            yield f"{data.path} row {number}", dict(row)
     except Exception as error:  # datasets raises many kinds for one fact: it cannot be had
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"data.path: cannot load {data.path!r} ({first}); check the id and the network, or give a local file"
         ) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{data.path} row {number}", dict(row)
 
 
 @lru_cache(maxsize=4)
