@@ -32,6 +32,7 @@ from trainers.final import Reserve, reserve, settle
 from trainers.journal import Hands, RunJournal
 from trainers.ledger import Ledger
 from trainers.online import Actors, run
+from trainers.overlap import check_overlap
 from trainers.pins import Pins
 from trainers.records import read_evaluations
 from trainers.rundir import RunDir
@@ -195,7 +196,7 @@ async def _run(
         position=int(meta["position"]),
         incarnation=incarnation,
     )
-    note_data(recipe, rundir, tracker, cast)
+    await asyncio.to_thread(note_data, recipe, rundir, tracker, cast)
     missed = journal.recall(tracker.evaluations(up_to=version))
     if version >= steps:
         log.info("version %d is there already and run.steps is %d: raise it to train on", version, steps)
@@ -273,7 +274,7 @@ def listen(journal: RunJournal) -> None:
 
 
 def note_data(recipe: Recipe, rundir: RunDir, tracker: Tracker, cast: Cast) -> None:
-    """Log the prompts; refuse to continue a run on other ones."""
+    """Log the prompts, and what evaluations share with them; refuse to continue a run on other ones."""
     digest = cast.prompts.rows_hash
     rundir.adopt_datasets({"prompts": digest})
     tracker.log_dataset(
@@ -284,6 +285,8 @@ def note_data(recipe: Recipe, rundir: RunDir, tracker: Tracker, cast: Cast) -> N
         prompts=len(cast.prompts),
         too_long=cast.prompts.too_long,
     )
+    overlap = check_overlap(recipe.evaluation.tasks, cast.prompts.texts())
+    tracker.log_tags({f"overlap.{task}": f"{found.share:.4f}" for task, found in overlap.items()})
 
 
 def draw(recipe: Recipe, rundir: RunDir, best: tuple[int, Path] | None) -> Path:
