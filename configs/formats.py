@@ -69,7 +69,7 @@ def parse_row(row: Mapping[str, Any], data: Data, where: str) -> Row | None:
             names = ("prompt", "chosen", "rejected", *(["margin"] if "margin" in row else []))
             return mapped(row, {name: name for name in names}, where)
         case "columns":
-            return mapped(row, data.columns, where)
+            return mapped(row, dict(data.columns.items()), where)
         case "hh":
             return hh(row, where)
         case "ultrafeedback":

@@ -103,10 +103,11 @@ def gsm8k_gold(row: Mapping[str, Any]) -> str:
 
 def math_gold(row: Mapping[str, Any]) -> str:
     r"""Return what stands in the last \boxed{} or \fbox{}. Raises ValueError if there is none."""
-    boxes = list(_BOX.finditer(str(row.get("solution", ""))))
+    solution = str(row.get("solution", ""))
+    boxes = list(_BOX.finditer(solution))
     if not boxes:
         raise ValueError("the row has no 'solution' with \\boxed{}; is its data.format math?")
-    text = row["solution"][boxes[-1].end() :]
+    text = solution[boxes[-1].end() :]
     if not text.startswith("{"):  # \boxed 2
         return re.split(r"[$\s]", text, maxsplit=1)[0]
     depth = 0
