@@ -13,6 +13,8 @@ from configs.method import KL as KL
 from configs.method import Algorithm as Algorithm
 from configs.method import Section as Section
 
+DPO_BETA = 0.1
+
 # `auto` is settled when the recipe is read: whatever runs or resumes later has the same type.
 DType = Annotated[
     Literal["float32", "bfloat16"],
@@ -179,7 +181,12 @@ class Reference(Section):
 class RewardComponent(Section):
     name: str
     model: str | None = None
-    """HF sequence-classification model with one output (directory or id)."""
+    """HF sequence-classification model with one output (directory or id); with `reference`, a policy."""
+    # Left out of dumps while they are none: hashes of what was made before there were these keys stay what they are.
+    reference: str | None = Field(None, exclude_if=lambda path: path is None)
+    """Start weights of a `model` that was trained by DPO: it scores beta·(log π - log π₀) of the completion."""
+    beta: float | None = Field(None, gt=0, exclude_if=lambda beta: beta is None)
+    """With `reference`: what it was trained with; default 0.1."""
     function: str | None = None
     """`module:function`, called with (prompt, completion, row) -> float."""
     weight: float = 1.0
@@ -221,6 +228,9 @@ class GeneratorConfig(Section):
 class EvalScorer(Section):
     name: str
     model: str | None = None
+    reference: str | None = Field(None, exclude_if=lambda path: path is None)
+    """This and beta as a reward component's."""
+    beta: float | None = Field(None, gt=0, exclude_if=lambda beta: beta is None)
     function: str | None = None
 
 
@@ -287,7 +297,7 @@ class RayConfig(Section):
 
 
 class Offline(Section):
-    """One supervised training: `headroom sft` or one entry of `headroom reward`."""
+    """One supervised training: `headroom sft`, `headroom dpo` or one entry of `headroom reward`."""
 
     output: str
     data: Data
@@ -298,7 +308,17 @@ class Offline(Section):
     batch: int = Field(32, ge=1)
     max_length: int = Field(512, ge=2)
     holdout: float = Field(0.1, ge=0, lt=1)
-    """Share of prompts kept out to report accuracy (reward) or loss (sft)."""
+    """Share of prompts kept out to report loss, and accuracy where there are preferences."""
+    loss: Literal["bradley_terry", "margin", "kwise", "dpo", "ipo"] | None = None
+    """reward: bradley_terry (default), margin or kwise; dpo: dpo (default) or ipo; sft has one loss only."""
+    beta: float = Field(DPO_BETA, gt=0)
+    """dpo: how strongly the start weights pull; the policy that dpo aims at is proportional to π₀·exp(r / beta)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """dpo: the share of labels that are taken to be the wrong way round (cDPO)."""
+    length_normalisation: bool = False
+    """dpo: log-ratios are means over tokens, not sums; what it aims at is then no longer that policy."""
+    checkpoint_every: int = Field(100, ge=1)
+    """Optimizer steps between checkpoints, from which a training that was killed goes on."""
     dtype: DType = "float32"
     engine: Engine = Engine()
 
@@ -320,6 +340,7 @@ class Recipe(Section):
     tracking: Tracking = Tracking()
     ray: RayConfig = RayConfig()
     sft: Offline | None = None
+    dpo: Offline | None = None
     reward_models: dict[str, Offline] = {}
     """What `headroom reward` trains, by name."""
 

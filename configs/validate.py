@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.algorithms import FACTS, check, check_action
+from configs.checks import check_loss, check_source, check_unique
 from configs.errors import UserError
 from configs.formats import COMPLETIONS, PREFERENCES, parse_rows, refusal
 from configs.machine import check_machine
 from configs.rows import is_file, prompt_text, read_rows, split_of
 from configs.schema import Data, EvalScorer, Offline, Recipe, RewardComponent, SamplingParams
 
-Command = Literal["demo", "train", "sft", "reward", "eval"]
+Command = Literal["demo", "train", "sft", "reward", "dpo", "eval"]
 ROWS_CHECKED = 5000  # of each file; the rest is checked by the same code when it is read
 # Fields of vLLM's SamplingParams after which a plain softmax is not what was sampled from.
 RESHAPING = (
@@ -130,33 +131,21 @@ def _check_room(recipe: Recipe, key: str, sampling: SamplingParams) -> None:
 def _check_rewards(recipe: Recipe) -> None:
     if not recipe.reward.components:
         raise UserError("reward.components: there is no reward to train on; add a component with a model or a function")
-    _check_unique("reward.components", [component.name for component in recipe.reward.components])
+    check_unique("reward.components", [component.name for component in recipe.reward.components])
     for i, component in enumerate(recipe.reward.components):
-        _check_one_source(f"reward.components.{i}", component)
-
-
-def _check_one_source(key: str, scorer: RewardComponent | EvalScorer) -> None:
-    if (scorer.model is None) == (scorer.function is None):
-        both = "both model and function are" if scorer.model else "neither model nor function is"
-        raise UserError(f"{key} ({scorer.name}): {both} given; give one of the two")
-
-
-def _check_unique(key: str, names: list[str]) -> None:
-    twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
-    if twice is not None:
-        raise UserError(f"{key}: the name {twice!r} is given twice, and metrics are kept by name; rename one")
+        check_source(f"reward.components.{i}", component)
 
 
 def _check_evaluation(recipe: Recipe, command: Command) -> None:
     tasks = recipe.evaluation.tasks
     if command == "eval" and not tasks:
         raise UserError("evaluation.tasks: there is nothing to evaluate; add a task with data and scorers")
-    _check_unique("evaluation.tasks", [task.name for task in tasks])
+    check_unique("evaluation.tasks", [task.name for task in tasks])
     for i, task in enumerate(tasks):
         key = f"evaluation.tasks.{i}"
-        _check_unique(f"{key}.scorers", [scorer.name for scorer in task.scorers])
+        check_unique(f"{key}.scorers", [scorer.name for scorer in task.scorers])
         for j, scorer in enumerate(task.scorers):
-            _check_one_source(f"{key}.scorers.{j}", scorer)
+            check_source(f"{key}.scorers.{j}", scorer)
         _check_room(recipe, f"{key}.sampling", task.sampling)
     primary = recipe.evaluation.primary
     metrics = [f"{task.name}/{scorer.name}" for task in tasks for scorer in task.scorers]
@@ -175,9 +164,14 @@ def _offline(recipe: Recipe, command: Command) -> dict[str, Offline]:
             raise UserError("reward_models: the recipe names none; add an entry with output and data")
         trainings = {f"reward_models.{name}": training for name, training in recipe.reward_models.items()}
         formats = PREFERENCES
+    elif command == "dpo":
+        if recipe.dpo is None:
+            raise UserError("dpo: the recipe has no such section; add one with output and data")
+        trainings, formats = {"dpo": recipe.dpo}, PREFERENCES
     else:
         return {}
     for key, training in trainings.items():
+        check_loss(key, training, command)
         if training.engine.ranks > 1:
             raise UserError(
                 f"{key}.engine.ranks: {training.engine.ranks} ranks, but headroom {command} trains in one process; "
@@ -258,8 +252,9 @@ def _check_split(key: str, data: Data) -> None:
 
 def _makers(recipe: Recipe, online: bool, config: str) -> Makers:
     outputs = {training.output: f"headroom reward {config}" for training in recipe.reward_models.values()}
-    if recipe.sft is not None:
-        outputs[recipe.sft.output] = f"headroom sft {config}"
+    for name, training in {"sft": recipe.sft, "dpo": recipe.dpo}.items():
+        if training is not None:
+            outputs[training.output] = f"headroom {name} {config}"
     if recipe.run.prepare is None:
         return Makers(outputs=outputs, later=False, hint="")
     # Its sft and reward_models say how run.prepare trains; their inputs are made by it too.
@@ -305,7 +300,11 @@ def _check_models(recipe: Recipe, command: Command, offline: dict[str, Offline],
             _check_context(recipe, directory)
     for key, scorer in _scorers(recipe, command):
         if scorer.model is not None:
-            _check_one_output(f"{key}.model", _check_model(f"{key}.model", scorer.model, makers))
+            directory = _check_model(f"{key}.model", scorer.model, makers)
+            if scorer.reference is None:
+                _check_one_output(f"{key}.model", directory)
+            else:
+                _check_model(f"{key}.reference", scorer.reference, makers)
     if command in ("train", "demo"):
         for key, start in {"reference.path": recipe.reference.path, "critic.path": recipe.critic.path}.items():
             if start is not None:
@@ -372,7 +371,7 @@ def _check_one_output(key: str, directory: Path | None) -> None:
     if outputs != 1:
         raise UserError(
             f"{key}: {directory} has {outputs} outputs and a reward model has one; "
-            "give a sequence-classification model saved with num_labels=1"
+            "give a sequence-classification model saved with num_labels=1, or with a DPO policy its reference"
         )
 
 

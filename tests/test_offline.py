@@ -1,17 +1,29 @@
-"""SFT and reward models by the one `fit`."""
+"""SFT and reward models by the one `fit`; how a killed training goes on."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from configs.errors import UserError
 from configs.schema import Offline
 from tests.ranks import VOCABULARY, tiny_policy
-from trainers.offline import Rows, train_reward, train_sft, wilson
+from trainers.layout import Sequences, tree_width
+from trainers.models import ScoreModel, load_sequence_classifier
+from trainers.objectives import Rows, reward_objective, shared_length
+from trainers.offline import Log, train_dpo, train_reward, train_sft
+from trainers.results import Result, wilson
+from trainers.unfinished import unfinished
 
 
 @pytest.fixture(scope="module")
@@ -92,3 +104,180 @@ def test_rows_of_one_key_stay_together(path: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("successes", "trials", "low", "high"), [(8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611)])
 def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
     assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-4)
+
+
+def rankings(count: int, sizes: tuple[int, ...] = (2, 3, 4)) -> Rows:
+    """Texts of one prompt hold words 7, 8, 9, … in this order."""
+    rng = np.random.default_rng(2)
+    rows = []
+    for number in range(count):
+        prompt = rng.integers(15, VOCABULARY, rng.integers(2, 7))
+        words = range(7, 7 + sizes[number % len(sizes)])
+        tails = [rng.integers(15, VOCABULARY, rng.integers(0, 5)) for _ in words]
+        rows.append(tuple(np.array([*prompt, w, *tail], np.int32) for w, tail in zip(words, tails, strict=True)))
+    return rows
+
+
+class Counting(nn.Module):
+    """A ScoreModel that counts the sequences of each pass."""
+
+    def __init__(self, model: ScoreModel) -> None:
+        super().__init__()
+        self.model = model
+        self.passes: list[int] = []
+
+    def forward(self, batch: Sequences) -> torch.Tensor:
+        self.passes.append(len(batch.last))
+        return self.model(batch)
+
+
+@pytest.mark.parametrize("tree", [False, True])
+def test_a_reward_loss_is_that_of_each_text_alone_whatever_the_batch(path: str, tree: bool) -> None:
+    rows = rankings(9)
+    torch.manual_seed(0)
+    hf = load_sequence_classifier(path, "float32", head="random").eval()
+    hf.config.pad_token_id = 0
+    assert tree_width(hf) is not None
+    with torch.no_grad():
+        alone = [[float(hf(torch.tensor(text)[None].long()).logits) for text in texts] for texts in rows]
+    expected, right = [], []
+    for scores in alone:
+        pairs = [(a, b) for i, a in enumerate(scores) for b in scores[i + 1 :]]
+        expected.append(np.mean([np.log1p(np.exp(b - a)) for a, b in pairs]))
+        right.append(np.mean([a > b for a, b in pairs]))
+    model = Counting(ScoreModel(hf))
+    objective = reward_objective(rows, tree=tree)
+    for chosen in ([0], [3, 1], list(range(9)), list(range(9))[::-1]):
+        model.passes.clear()
+        with torch.no_grad():
+            losses, shares = objective.losses(model, chosen)
+        np.testing.assert_allclose(losses, [expected[i] for i in chosen], atol=2e-6)
+        np.testing.assert_allclose(shares, [right[i] for i in chosen], atol=1e-6)
+        assert model.passes == [sum(len(rows[i]) for i in chosen)], "each text once, all pairs of it in one pass"
+
+
+def test_margins_ask_for_more(path: str) -> None:
+    rows, margins = preferences(6), [0.0, 1.0, 0.5, 2.0, 0.0, 3.0]
+    torch.manual_seed(0)
+    model = ScoreModel(load_sequence_classifier(path, "float32", head="random").eval())
+    with torch.no_grad():
+        plain, _ = reward_objective(rows, tree=False).losses(model, range(6))
+        asked, _ = reward_objective(rows, tree=False, margins=margins).losses(model, range(6))
+    ahead = -(plain.exp() - 1).log()  # the loss is log(1 + exp(-ahead))
+    np.testing.assert_allclose(asked, (1 + (torch.tensor(margins) - ahead).exp()).log(), atol=1e-5)
+
+
+def test_what_texts_share() -> None:
+    texts = [np.array(text, np.int32) for text in ([1, 2, 3, 4], [1, 2, 5], [1, 2, 3])]
+    assert (shared_length(texts), shared_length(texts[::2]), shared_length(texts[:1])) == (2, 3, 4)
+
+
+def test_a_reward_model_learns_rankings(path: str, tmp_path: Path) -> None:
+    rows = rankings(120)
+    config = offline(tmp_path / "kwise", epochs=4, loss="kwise")
+    result = train_reward(config, path, rows, log=lambda line: None)
+    assert result.accuracy is not None and result.accuracy >= 0.9 and result.loss < result.loss_before
+    with pytest.raises(UserError, match="more than two texts; set loss=kwise"):
+        train_reward(offline(tmp_path / "pairs"), path, rows)
+    with pytest.raises(UserError, match="margin for each pair"):
+        train_reward(offline(tmp_path / "pairs", loss="margin"), path, preferences(40))
+
+
+def trained(
+    kind: str, output: Path, path: str, *, ends: Callable[[int], None] | None = None, log: Log = print, **fields: object
+) -> Result:
+    """Train one of each kind: batches of 4 rows, checkpoints every 3 steps; `ends` may end it after a step."""
+    config = offline(output, epochs=3, batch=4, checkpoint_every=3, **fields)
+    rows = preferences(24)
+
+    def note(step: int, metrics: Mapping[str, float]) -> None:
+        if ends is not None:
+            ends(step)
+
+    kinds = {"sft": train_sft, "reward": train_reward, "dpo": train_dpo}
+    if kind == "dpo":
+        shared = [shared_length(texts) for texts in rows]
+        rows = [(a[:both], a[both:], b[both:]) for (a, b), both in zip(rows, shared, strict=True)]
+    return kinds[kind](config, path, rows, log=log, track=lambda directory, step: nullcontext(note))
+
+
+class Stop(BaseException):
+    """What ends a training in the middle."""
+
+
+def stops_at(last: int) -> Callable[[int], None]:
+    def ends(step: int) -> None:
+        if step == last:
+            raise Stop
+
+    return ends
+
+
+def weights(output: Path) -> bytes:
+    return (output / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
+def test_a_training_that_was_stopped_goes_on_bit_equal(path: str, tmp_path: Path, kind: str) -> None:
+    whole = trained(kind, tmp_path / "whole", path)
+    lines: list[str] = []
+    for step in (2, 8, 8):  # before the first checkpoint, and twice behind the second
+        with pytest.raises(Stop):
+            trained(kind, tmp_path / "again", path, ends=stops_at(step), log=lines.append)
+    result = trained(kind, tmp_path / "again", path, log=lines.append)
+    assert [line for line in lines if "goes on" in line] == [
+        f"{tmp_path / 'again'}: goes on after step 6 of {whole.steps}"
+    ] * 2
+    assert weights(tmp_path / "again") == weights(tmp_path / "whole") != weights(Path(path))
+    assert (result.loss_before, result.loss) == (whole.loss_before, whole.loss)
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "again", tmp_path / "whole"], "nothing else is left"
+
+
+def test_a_changed_training_starts_anew_and_a_second_one_is_refused(path: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    with pytest.raises(Stop):
+        trained("dpo", tmp_path / "out", path, ends=stops_at(8), log=lines.append)
+    trained("dpo", tmp_path / "out", path, log=lines.append, beta=0.3)
+    assert [line for line in lines if "anew" in line or "goes on" in line] == [
+        f"{tmp_path / 'out.checkpoint'}: of another configuration, start weights or rows; starting anew"
+    ]
+    trained("dpo", tmp_path / "fresh", path, beta=0.3)
+    assert weights(tmp_path / "out") == weights(tmp_path / "fresh")
+    with unfinished(tmp_path / "out", "another", 1, print), pytest.raises(UserError, match=r"another launch .* output"):
+        trained("dpo", tmp_path / "out", path)
+
+
+def test_a_loss_that_is_no_number_ends_the_training(path: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"step 1 of \d+: the loss is nan; lower"):
+        train_reward(offline(tmp_path / "nan", loss="margin"), path, preferences(40), margins=[float("nan")] * 40)
+    assert not (tmp_path / "nan").exists()
+
+
+@pytest.mark.slow
+def test_a_training_that_was_killed_goes_on_bit_equal(path: str, tmp_path: Path) -> None:
+    arguments = [
+        sys.executable,
+        "-m",
+        "tests.test_offline",
+        path,
+        str(tmp_path / "killed"),
+        str(torch.get_num_threads()),
+    ]
+    child = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert not (tmp_path / "killed").exists() and list((tmp_path / "killed.checkpoint/checkpoints").iterdir())
+    lines: list[str] = []
+    trained("dpo", tmp_path / "killed", path, log=lines.append)
+    assert any("goes on after step 6 of " in line for line in lines)
+    trained("dpo", tmp_path / "whole", path)
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+
+
+def kill(step: int) -> None:
+    if step == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":  # the process that the last test starts, which is killed after step 8
+    torch.set_num_threads(int(sys.argv[3]))
+    trained("dpo", Path(sys.argv[2]), sys.argv[1], ends=kill)

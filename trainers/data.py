@@ -30,6 +30,7 @@ class Pair:
     prompt: str  # decides what is held out: never both
     chosen: Ints  # (C,)
     rejected: Ints  # (R,)
+    margin: float | None = None  # by how much the chosen one was found better
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ class Demonstration:
     completion: Ints  # (T,) with the token that ends it
 
 
-Example = TypeVar("Example", Pair, Demonstration)
+Example = TypeVar("Example")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,9 +154,10 @@ def load_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) 
                 prompt=prompt_text(row.messages),
                 chosen=np.array(chosen, np.int32),
                 rejected=np.array(rejected, np.int32),
+                margin=row.margin,
             )
         )
-    return _fitting(pairs, [max(len(p.chosen), len(p.rejected)) for p in pairs], max_length, rows, data)
+    return fitting(pairs, [max(len(p.chosen), len(p.rejected)) for p in pairs], max_length, rows, data)
 
 
 def load_demonstrations(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples[Demonstration]:
@@ -172,12 +174,9 @@ def load_demonstrations(data: Data, tokenizer: PreTrainedTokenizerBase, max_leng
             )
         messages = with_system(row.messages, data.system_prompt)
         prompt = prompt_ids(tokenizer, messages, data.render)
-        if data.render == "text":
-            ids = tokenizer(row.chosen, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        else:
-            ids = _answer_ids(tokenizer, messages, row.chosen)
-        items.append(Demonstration(uid=f"p{number}", prompt=prompt, completion=np.array(ids, np.int32)))
-    return _fitting(items, [len(i.prompt) + len(i.completion) for i in items], max_length, rows, data)
+        completion = completion_ids(tokenizer, messages, row.chosen, data.render)
+        items.append(Demonstration(uid=f"p{number}", prompt=prompt, completion=completion))
+    return fitting(items, [len(i.prompt) + len(i.completion) for i in items], max_length, rows, data)
 
 
 def with_system(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
@@ -200,6 +199,20 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], 
         )
     text = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def completion_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], completion: str, render: str
+) -> Ints:
+    """Return what a policy is to generate after `prompt_ids`, (T,), with the token that ends it.
+
+    Raises UserError if a chat is asked for and the template renders an answered prompt differently.
+    """
+    if render == "text":
+        ids = tokenizer(completion, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    else:
+        ids = _answer_ids(tokenizer, messages, completion)
+    return np.array(ids, np.int32)
 
 
 def conversation_ids(
@@ -242,9 +255,10 @@ def _answer_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message],
     return ids[: ids.index(end) + 1] if end in ids else ids
 
 
-def _fitting(
+def fitting(
     items: Sequence[Example], lengths: Sequence[int], max_length: int, rows: Sequence[Row], data: Data
 ) -> Examples[Example]:
+    """Leave out the items longer than `max_length` tokens. Raises UserError if that leaves none."""
     kept = tuple(item for item, length in zip(items, lengths, strict=True) if length <= max_length)
     if not kept:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Supervised training before the online loop: SFT and Bradley-Terry reward models, by one `fit`."""
+"""Supervised training before the online loop: SFT, reward models and DPO, by one `fit`."""
 
 import hashlib
 import json
@@ -7,55 +7,61 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from configs.errors import UserError
 from configs.schema import Offline
 from trainers.engine import Process, TrainEngine
-from trainers.layout import sequences, tree_width
+from trainers.layout import tree_width
 from trainers.microbatch import Bundle, MicroBatch, plan
 from trainers.models import ScoreModel, export, load_policy, load_sequence_classifier
-from trainers.types import Ints
+from trainers.objectives import (
+    Objective,
+    Rows,
+    dpo_objective,
+    pair_lengths,
+    pair_logprobs,
+    reward_objective,
+    sft_objective,
+    shared_length,
+)
+from trainers.results import RESULT, Result, load_result, training_hash, wilson
+from trainers.rundir import RunDir
+from trainers.unfinished import Unfinished, holds, unfinished
 
+Kind = Literal["sft", "reward", "dpo"]
 Log = Callable[[str], None]
-Rows = Sequence[tuple[Ints, Ints]]
+Note = Callable[[int, Mapping[str, float]], None]  # values at an optimizer step
+Track = Callable[[RunDir, int], AbstractContextManager[Note]]  # where records lie, and the step they go on after
 LOG_EVERY_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
-    """What a supervised training reached on the prompts it did not see; also its `result.json`."""
-
-    kind: str  # sft or reward
-    loss: float  # held-out: nats per token (sft), nats per pair (reward); NaN without held-out rows
-    loss_before: float  # of the start weights
-    accuracy: float | None  # reward: share of held-out pairs in the annotators' order
-    accuracy_low: float | None  # Wilson interval, 95 %
-    accuracy_high: float | None
-    rows: int  # trained on
-    holdout_rows: int
-    steps: int
-    seconds: float
-    config_hash: str  # of configuration, start weights and rows: equal hashes are not trained again
+def untracked(directory: RunDir, step: int) -> AbstractContextManager[Note]:
+    """Track nothing."""
+    return nullcontext(lambda step, metrics: None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Objective:
-    """What `fit` minimises: the sum of `losses` over rows, divided by the sum of their weights."""
+class Task:
+    """One training: what is trained on what, and what the loss is once the start weights are loaded."""
 
-    lengths: Sequence[int]  # padded tokens that a row takes in the longest place of a micro-batch
-    weights: Sequence[float]  # per row: its tokens, or 1
-    losses: Callable[[nn.Module, Sequence[int]], tuple[Tensor, Tensor]]  # rows -> loss (b,), whether correct (b,)
+    kind: Kind
+    config: Offline
+    base: str  # start weights
+    rows: Rows
+    keys: Sequence[str]  # what may not be both trained on and held out
+    objective: Callable[[TrainEngine, Unfinished], Objective]
+    margins: Sequence[float] | None = None
 
 
 def fit(
@@ -68,25 +74,38 @@ def fit(
     token_budget: int,
     seed: int,
     log: Log = _log.info,
+    note: Note | None = None,
+    begin: int = 0,
+    save: Callable[[TrainEngine, int], None] | None = None,
 ) -> int:
-    """Train on `rows` for `epochs`, `batch` rows per optimizer step; return the number of steps. A collective."""
+    """Train on `rows` for `epochs`, `batch` rows per optimizer step; return the number of steps. A collective.
+
+    begin: how many of them the engine has taken already; save is offered each later one but the last. The order of
+    rows depends on the seed alone. Raises UserError when the loss is no number any more.
+    """
     generator = np.random.default_rng(seed)
-    steps = epochs * math.ceil(len(rows) / batch)
-    started, told, done, recent = time.monotonic(), 0.0, 0, 0.0
-    for _ in range(epochs):
-        order = generator.permutation(np.asarray(rows))
-        for start in range(0, len(order), batch):
-            recent = _update(engine, objective, [int(row) for row in order[start : start + batch]], token_budget)
-            done += 1
-            elapsed = time.monotonic() - started
-            if engine.rank == 0 and (done == steps or elapsed - told >= LOG_EVERY_S):
-                told = elapsed
-                left = elapsed / done * (steps - done)
-                log(f"step {done}/{steps}  loss {recent:.4f}  {elapsed:.0f} s, {left:.0f} s left")
-    return done
+    orders = [generator.permutation(np.asarray(rows)) for _ in range(epochs)]
+    batches = [order[start : start + batch] for order in orders for start in range(0, len(order), batch)]
+    started, told = time.monotonic(), 0.0
+    for done, chosen in enumerate(batches[begin:], begin + 1):
+        rate = engine.learning_rate
+        loss, norm = _update(engine, objective, [int(row) for row in chosen], token_budget)
+        if not math.isfinite(loss):
+            hint = "lower engine.optimizer.learning_rate, or look at the rows"
+            raise UserError(f"step {done} of {len(batches)}: the loss is {loss}; {hint}")
+        if note:
+            note(done, {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate})
+        if save and done < len(batches):
+            save(engine, done)
+        elapsed = time.monotonic() - started
+        if engine.rank == 0 and (done == len(batches) or elapsed - told >= LOG_EVERY_S):
+            told = elapsed
+            left = elapsed / (done - begin) * (len(batches) - done)
+            log(f"step {done}/{len(batches)}  loss {loss:.4f}  {elapsed:.0f} s, {left:.0f} s left")
+    return len(batches)
 
 
-def _update(engine: TrainEngine, objective: Objective, rows: list[int], token_budget: int) -> float:
+def _update(engine: TrainEngine, objective: Objective, rows: list[int], token_budget: int) -> tuple[float, float]:
     total = sum(objective.weights[row] for row in rows)
     shares: list[Tensor] = []
 
@@ -96,63 +115,36 @@ def _update(engine: TrainEngine, objective: Objective, rows: list[int], token_bu
         shares.append(share.detach())
         return share
 
-    engine.step(_plan(engine, objective, rows, token_budget), loss_fn)
-    return float(engine.all_sum(torch.stack(shares).sum()))
+    norm = engine.step(_plan(engine, objective.lengths, rows, token_budget), loss_fn)
+    return float(engine.all_sum(torch.stack(shares).sum())), norm
 
 
-def _plan(engine: TrainEngine, objective: Objective, rows: Sequence[int], token_budget: int) -> list[MicroBatch]:
-    bundles = [Bundle(rows=(row,), length=objective.lengths[row]) for row in rows]
+def _plan(engine: TrainEngine, lengths: Sequence[int], rows: Sequence[int], token_budget: int) -> list[MicroBatch]:
+    bundles = [Bundle(rows=(row,), length=lengths[row]) for row in rows]
     return plan(bundles, token_budget, engine.world_size)[engine.rank]
 
 
 @torch.no_grad()
-def evaluate(engine: TrainEngine, objective: Objective, rows: Sequence[int], token_budget: int) -> tuple[float, int]:
-    """Return the mean loss over `rows` (NaN if there are none) and how many are correct. A collective."""
+def evaluate(engine: TrainEngine, objective: Objective, rows: Sequence[int], token_budget: int) -> tuple[float, float]:
+    """Return the mean loss over `rows` (NaN if there are none) and the sum of what is right. A collective."""
     if not rows:
-        return math.nan, 0
+        return math.nan, 0.0
     sums = torch.zeros(2, dtype=torch.float64)
-    for micro in _plan(engine, objective, rows, token_budget):
-        losses, correct = objective.losses(engine.model, micro.rows)
-        sums += torch.tensor([losses.double().sum(), correct.sum()], dtype=torch.float64) * micro.counts
-    loss, right = engine.all_sum(sums).tolist()
-    return loss / sum(objective.weights[row] for row in rows), round(right)
+    for micro in _plan(engine, objective.lengths, rows, token_budget):
+        losses, right = objective.losses(engine.model, micro.rows)
+        sums += torch.tensor([losses.double().sum(), right.double().sum()], dtype=torch.float64) * micro.counts
+    loss, correct = engine.all_sum(sums).tolist()
+    return loss / sum(objective.weights[row] for row in rows), correct
 
 
-def sft_objective(rows: Rows) -> Objective:
-    """Negative log-likelihood of completions, mean over tokens. rows: (prompt (P,), completion (T,))."""
-
-    def losses(model: nn.Module, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        batch = sequences([rows[i][0] for i in chosen], [rows[i][1] for i in chosen], next(model.parameters()).device)
-        logprobs, _ = model(batch)
-        return -logprobs.sum(1), torch.zeros(len(chosen))
-
-    return Objective(
-        lengths=[len(prompt) + len(completion) for prompt, completion in rows],
-        weights=[float(len(completion)) for _, completion in rows],
-        losses=losses,
-    )
-
-
-def preference_objective(rows: Rows, *, tree: bool) -> Objective:
-    """-log sigmoid(score of chosen - score of rejected). rows: (chosen (C,), rejected (R,)).
-
-    tree: both lie in one row behind what they share at the start. Bradley & Terry 1952; Ouyang et al. 2022, eq. 1 with
-    one pair per prompt.
-    """
-
-    shared = [_shared(a, b) for a, b in rows]
-
-    def losses(model: nn.Module, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        prompts = [rows[i][0][: shared[i]] for i in chosen for _ in range(2)]
-        rests = [text[shared[i] :] for i in chosen for text in rows[i]]
-        batch = sequences(prompts, rests, next(model.parameters()).device, bundles=[2] * len(chosen) if tree else None)
-        better, worse = model(batch).view(-1, 2).unbind(1)
-        return -F.logsigmoid(better - worse), (better > worse).float()
-
-    lengths = [
-        len(a) + len(b) - both if tree else 2 * max(len(a), len(b)) for (a, b), both in zip(rows, shared, strict=True)
-    ]
-    return Objective(lengths=lengths, weights=[1.0] * len(rows), losses=losses)
+@torch.no_grad()
+def start_logprobs(engine: TrainEngine, rows: Rows, token_budget: int, *, tree: bool) -> Tensor:
+    """Return the log-probs (n, 2) of both completions of DPO's rows under the engine's weights. A collective."""
+    sums = torch.zeros(len(rows), 2)
+    for micro in _plan(engine, pair_lengths(rows, tree=tree), range(len(rows)), token_budget):
+        if micro.counts:
+            sums[list(micro.rows)] = pair_logprobs(engine.model, rows, micro.rows, tree=tree).cpu()
+    return engine.all_sum(sums)
 
 
 def train_sft(
@@ -163,13 +155,21 @@ def train_sft(
     *,
     process: Process | None = None,
     log: Log = _log.info,
+    track: Track = untracked,
 ) -> Result:
     """Train `base` to imitate; write an HF causal language model to config.output. Skipped if that is there already.
 
     rows: (prompt (P,), completion (T,)); keys: what may not be both trained on and held out, by default the prompt.
+    process: of one rank. A training that was killed goes on. Raises UserError as `fit` does, and if another process
+    is at the same output.
     """
-    keys = keys or [prompt.tobytes().hex() for prompt, _ in rows]
-    return _train("sft", config, base, rows, keys, process or Process(), log)
+    keys = keys or [row[0].tobytes().hex() for row in rows]
+
+    def objective(engine: TrainEngine, kept: Unfinished) -> Objective:
+        return sft_objective(rows)
+
+    task = Task(kind="sft", config=config, base=base, rows=rows, keys=keys, objective=objective)
+    return _train(task, process or Process(), log, track)
 
 
 def train_reward(
@@ -178,44 +178,111 @@ def train_reward(
     rows: Rows,
     keys: Sequence[str] | None = None,
     *,
+    margins: Sequence[float] | None = None,
     process: Process | None = None,
     log: Log = _log.info,
+    track: Track = untracked,
 ) -> Result:
     """Train a Bradley-Terry reward model; write an HF sequence classifier with one output to config.output.
 
-    Skipped if that is there already. rows: (chosen (C,), rejected (R,)); keys: what may not be both trained on and
-    held out: give the prompts; by default the tokens that both share at the start.
+    Skipped if that is there already. rows: texts (T_k,) of one prompt, best first: pairs, or rankings of any size for
+    loss kwise. keys: what may not be both trained on and held out: give the prompts; by default the tokens that all
+    texts share at the start. margins (n,): for loss margin. Goes on and raises as `train_sft` does.
     """
-    keys = keys or [np.asarray(a[: _shared(a, b)]).tobytes().hex() for a, b in rows]
-    return _train("reward", config, base, rows, keys, process or Process(), log)
+    keys = keys or [np.asarray(texts[0][: shared_length(texts)]).tobytes().hex() for texts in rows]
+    if config.loss == "margin" and margins is None:
+        raise UserError(f"{config.output}: loss margin needs a margin for each pair; take bradley_terry without")
+    if config.loss != "kwise" and any(len(texts) != 2 for texts in rows):
+        raise UserError(f"{config.output}: rows rank more than two texts; set loss=kwise, or give pairs")
+    margins = margins if config.loss == "margin" else None
+
+    def objective(engine: TrainEngine, kept: Unfinished) -> Objective:
+        return reward_objective(rows, tree=_tree(engine, config), margins=margins)
+
+    task = Task(kind="reward", config=config, base=base, rows=rows, keys=keys, objective=objective, margins=margins)
+    return _train(task, process or Process(), log, track)
 
 
-def _train(
-    kind: str, config: Offline, base: str, rows: Rows, keys: Sequence[str], process: Process, log: Log
+def train_dpo(
+    config: Offline,
+    base: str,
+    rows: Rows,
+    keys: Sequence[str] | None = None,
+    *,
+    process: Process | None = None,
+    log: Log = _log.info,
+    track: Track = untracked,
 ) -> Result:
-    config_hash = training_hash(kind, config, base, rows)
-    if cached := load_result(config.output, config_hash):
+    """Train the policy `base` on preferences; write an HF causal language model to config.output.
+
+    Skipped if that is there already. rows: (prompt (P,), chosen (C,), rejected (R,)); keys as for `train_sft`. The
+    reference is `base`: its log-probs are computed once, before the first step, so no second model is in memory.
+    Goes on and raises as `train_sft` does.
+    """
+    keys = keys or [row[0].tobytes().hex() for row in rows]
+
+    def objective(engine: TrainEngine, kept: Unfinished) -> Objective:
+        tree = _tree(engine, config)
+        reference = kept.once(
+            "reference", lambda: start_logprobs(engine, rows, config.engine.token_budget, tree=tree).numpy()
+        )
+        return dpo_objective(
+            rows,
+            torch.from_numpy(reference),
+            tree=tree,
+            loss="ipo" if config.loss == "ipo" else "dpo",
+            beta=config.beta,
+            label_smoothing=config.label_smoothing,
+            length_normalisation=config.length_normalisation,
+        )
+
+    task = Task(kind="dpo", config=config, base=base, rows=rows, keys=keys, objective=objective)
+    return _train(task, process or Process(), log, track)
+
+
+def _train(task: Task, process: Process, log: Log, track: Track) -> Result:
+    if process.world_size > 1:
+        raise ValueError("supervised trainings are of one rank: their checkpoints and locks are")
+    config = task.config
+    digest = training_hash(task.kind, config, task.base, task.rows, task.margins)
+    cached = load_result(config.output, digest)
+    if cached:
         log(f"{config.output}: trained already with this configuration")
-        return cached
+        if not holds(config.output, digest):  # what it does hold, tracking is still to be told
+            return cached
+    split = _held_out(task)
+    with unfinished(config.output, digest, config.checkpoint_every, log) as kept:
+        with track(kept.directory, cached.steps if cached else kept.begin) as note:
+            result = cached or _trained(task, digest, split, process, kept, log, note)
+        kept.end()
+    return result
+
+
+def _trained(
+    task: Task,
+    digest: str,
+    split: tuple[list[int], list[int]],
+    process: Process,
+    kept: Unfinished,
+    log: Log,
+    note: Note,
+) -> Result:
+    """Train from the latest checkpoint on, and write the model."""
+    config, (train, holdout) = task.config, split
     started = time.monotonic()
     torch.manual_seed(config.seed)
-    held = {key for key in keys if _fraction(key, config.seed) < config.holdout}
-    train = [i for i, key in enumerate(keys) if key not in held]
-    holdout = [i for i, key in enumerate(keys) if key in held]
-    if not train:
-        raise UserError(f"{config.output}: none of {len(rows)} rows is left to train on; lower holdout or add rows")
-    budget = config.engine.token_budget
+    budget, steps = config.engine.token_budget, config.epochs * math.ceil(len(train) / config.batch)
     engine = TrainEngine(
-        _model(kind, base, config),
-        config.engine,
-        dtype=config.dtype,
-        total_steps=config.epochs * math.ceil(len(train) / config.batch),
-        process=process,
+        _model(task.kind, task.base, config), config.engine, dtype=config.dtype, total_steps=steps, process=process
     )
-    tree = config.engine.share_prompts and tree_width(engine.hf) is not None
-    objective = sft_objective(rows) if kind == "sft" else preference_objective(rows, tree=tree)
-    before, _ = evaluate(engine, objective, holdout, budget)
-    steps = fit(
+    objective = task.objective(engine, kept)
+    before = float(kept.once("loss_before", lambda: evaluate(engine, objective, holdout, budget)[0]))
+    if kept.latest is None:
+        note(0, {"holdout/loss": before} if holdout else {})
+    else:
+        engine.load(kept.latest)
+        log(f"{config.output}: goes on after step {kept.begin} of {steps}")
+    fit(
         engine,
         objective,
         train,
@@ -224,12 +291,15 @@ def _train(
         token_budget=budget,
         seed=config.seed,
         log=log,
+        note=note,
+        begin=kept.begin,
+        save=kept.save,
     )
     loss, correct = evaluate(engine, objective, holdout, budget)
-    scored = kind == "reward" and bool(holdout)
+    scored = task.kind != "sft" and bool(holdout)
     low, high = wilson(correct, len(holdout)) if scored else (None, None)
     result = Result(
-        kind=kind,
+        kind=task.kind,
         loss=loss,
         loss_before=before,
         accuracy=correct / len(holdout) if scored else None,
@@ -239,14 +309,32 @@ def _train(
         holdout_rows=len(holdout),
         steps=steps,
         seconds=time.monotonic() - started,
-        config_hash=config_hash,
+        config_hash=digest,
     )
-    _write(engine, Path(config.output), base, result)
+    reached = {"holdout/loss": loss, "holdout/accuracy": result.accuracy}
+    note(steps, {name: value for name, value in reached.items() if value is not None and holdout})
+    _write(engine, Path(config.output), task.base, result)
     return result
 
 
-def _model(kind: str, base: str, config: Offline) -> nn.Module:
-    if kind == "sft":
+def _held_out(task: Task) -> tuple[list[int], list[int]]:
+    """Return the rows to train on and those held out; rows of one key are on one side."""
+    held = {key for key in task.keys if _fraction(key, task.config.seed) < task.config.holdout}
+    train = [i for i, key in enumerate(task.keys) if key not in held]
+    if not train:
+        raise UserError(
+            f"{task.config.output}: none of {len(task.rows)} rows is left to train on; lower holdout or add rows"
+        )
+    return train, [i for i, key in enumerate(task.keys) if key in held]
+
+
+def _tree(engine: TrainEngine, config: Offline) -> bool:
+    """Whether the texts of a row may lie in one row of the forward pass."""
+    return config.engine.share_prompts and tree_width(engine.hf) is not None
+
+
+def _model(kind: Kind, base: str, config: Offline) -> nn.Module:
+    if kind != "reward":
         return load_policy(base, config.dtype)
     hf = load_sequence_classifier(base, config.dtype, head="random")
     if hf.config.pad_token_id is None:
@@ -264,50 +352,10 @@ def _write(engine: TrainEngine, output: Path, base: str, result: Result) -> None
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         export(engine.hf, state, partial, base)
-        (partial / "result.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+        (partial / RESULT).write_text(json.dumps(asdict(result), indent=2) + "\n")
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
 
 
-def load_result(output: str | Path, config_hash: str) -> Result | None:
-    """Return the result at `output` if it came from the same configuration, start weights and rows."""
-    path = Path(output) / "result.json"
-    if not path.exists():
-        return None
-    result = Result(**json.loads(path.read_text()))
-    return result if result.config_hash == config_hash else None
-
-
-def training_hash(kind: str, config: Offline, base: str, rows: Rows) -> str:
-    """Return a sha256 of everything that decides the trained weights."""
-    places: Any = {"output": True, "engine": {"resources", "threads", "share_prompts"}}
-    digest = hashlib.sha256(f"{kind}\n{config.model_dump_json(exclude=places)}\n".encode())
-    files = sorted(p for p in Path(base).glob("*") if p.suffix in (".safetensors", ".json") and p.name != "result.json")
-    if not files:
-        digest.update(base.encode())
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
-    for pair in rows:
-        for ids in pair:
-            digest.update(len(ids).to_bytes(4, "little") + np.asarray(ids, np.int32).tobytes())
-    return digest.hexdigest()
-
-
-def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """Return the Wilson score interval of a share, 95 % by default. Wilson 1927."""
-    share = successes / trials
-    scale = 1 + z * z / trials
-    centre = (share + z * z / (2 * trials)) / scale
-    half = z / scale * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    return centre - half, centre + half
-
-
 def _fraction(key: str, seed: int) -> float:
     return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big") / 2**64
-
-
-def _shared(a: Ints, b: Ints) -> int:
-    size = min(len(a), len(b))
-    different = np.flatnonzero(np.asarray(a)[:size] != np.asarray(b)[:size])
-    return int(different[0]) if len(different) else size

@@ -166,8 +166,8 @@ class RunDir:
             ) from None
         return self
 
-    def lock(self) -> Lock:
-        """Hold the directory until released or dead. Raises UserError naming the holder."""
+    def lock(self, key: str = "run.dir") -> Lock:
+        """Hold the directory until released or dead. Raises UserError naming the holder, and the key to change."""
         file = (self.path / "lock").open("a+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -177,7 +177,7 @@ class RunDir:
             file.close()
             raise UserError(
                 f"{self.path}: another launch (process {holder}) is writing to this run directory; "
-                f"wait for it or end it, or choose another run.dir"
+                f"wait for it or end it, or choose another {key}"
             ) from None
         file.truncate(0)
         file.write(f"{os.getpid()} on {os.uname().nodename}\n")

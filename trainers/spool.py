@@ -232,6 +232,15 @@ def surviving(points: Iterable[tuple[int, int, float]], starts: Sequence[tuple[i
     return [(step, value) for step, (_, value) in sorted(last.items())]
 
 
+def undelivered(path: Path) -> bool:
+    """Whether a spool file holds records that nobody is known to have received."""
+    try:
+        sent = int(json.loads(_progress_path(path).read_bytes())["bytes"])
+    except (FileNotFoundError, ValueError):
+        sent = 0
+    return path.exists() and sent < path.stat().st_size
+
+
 def _mend(path: Path) -> int:
     """Cut off a record that a kill left unfinished; return a time after all records, in ms."""
     path.touch()
