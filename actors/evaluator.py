@@ -46,7 +46,7 @@ class EvaluatorActor:
         )
         self._generator = Generator(options, Sampling(n=1, max_tokens=1))
         self._tasks: dict[str, TaskData] = {}
-        self._scorers: dict[tuple[str | None, str | None], Scorer] = {}
+        self._scorers: dict[tuple[str | float | None, ...], Scorer] = {}
         self._one_at_a_time = asyncio.Lock()
         self._started = time.monotonic()
         self._busy_s = 0.0
@@ -118,7 +118,7 @@ class EvaluatorActor:
 
     async def _scorer(self, task: EvalTask, name: str) -> Scorer:
         spec = next(spec for spec in task.scorers if spec.name == name)
-        key = (spec.model, spec.function)
+        key = (spec.model, spec.reference, spec.beta, spec.function)
         if key not in self._scorers:  # one model may serve several tasks
             self._scorers[key] = await asyncio.to_thread(build, spec, self._recipe.reward)
         return self._scorers[key]

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 
 from actors.batching import Batcher
-from configs.schema import EvalScorer, Reward, RewardComponent
-from trainers.scoring import Judged, RewardModel, RuleFunction, apply_rule, combine, finite
+from configs.schema import DPO_BETA, EvalScorer, Reward, RewardComponent
+from trainers.scoring import ImplicitReward, Judged, RewardModel, RuleFunction, apply_rule, combine, finite
 from trainers.types import Group, Prompt
 
 
@@ -22,7 +22,7 @@ class Component(Protocol):
 class ModelComponent:
     """A reward model; calls that arrive during a forward pass share the next one."""
 
-    def __init__(self, name: str, model: RewardModel) -> None:
+    def __init__(self, name: str, model: RewardModel | ImplicitReward) -> None:
         self.name = name
         self.batcher: Batcher[Judged, float] = Batcher(model.score)
 
@@ -49,16 +49,10 @@ def build(spec: RewardComponent | EvalScorer, reward: Reward) -> ModelComponent 
     if spec.function is not None:
         return RuleComponent(spec.name, RuleFunction(spec.function, deadline_s=reward.deadline_s))
     assert spec.model is not None, "the schema lets through components with a model or a function only"
-    return ModelComponent(
-        spec.name,
-        RewardModel(
-            spec.model,
-            dtype=reward.dtype,
-            max_length=reward.max_length,
-            token_budget=reward.token_budget,
-            share_prompts=reward.share_prompts,
-        ),
-    )
+    limits: Any = {name: getattr(reward, name) for name in ("dtype", "max_length", "token_budget", "share_prompts")}
+    if spec.reference is None:
+        return ModelComponent(spec.name, RewardModel(spec.model, **limits))
+    return ModelComponent(spec.name, ImplicitReward(spec.model, spec.reference, beta=spec.beta or DPO_BETA, **limits))
 
 
 class RewardActor:

@@ -17,10 +17,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from configs.errors import UserError
 from configs.rows import prompt_text
-from trainers.data import conversation_ids
+from trainers.data import completion_ids, conversation_ids, prompt_ids
 from trainers.layout import sequences, tree_width
 from trainers.microbatch import bundle, pack, plan
-from trainers.models import DType, ScoreModel, load_sequence_classifier
+from trainers.models import DType, ScoreModel, completion_logprobs, load_policy, load_sequence_classifier
 from trainers.types import DataError, Message, Prompt
 
 
@@ -100,6 +100,60 @@ class RewardModel:
             for index, value in zip(batch, values.float().tolist(), strict=True):
                 scores[index] = value
         return scores
+
+
+class ImplicitReward:
+    """A policy that DPO trained, read as a reward model: beta (log pi - log pi0) of the completion, summed over tokens.
+
+    Up to a constant of the prompt it is the reward that the policy is optimal for, at that beta (Rafailov et al. 2023,
+    eq. 5). Texts are rendered by the policy's chat template, as plain text where it has none. Raises UserError if
+    policy and reference do not share a vocabulary.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        reference: str,
+        *,
+        beta: float,
+        dtype: DType = "float32",
+        max_length: int = 1024,
+        token_budget: int = 16_384,
+        device: str | None = None,
+        share_prompts: bool = True,
+    ) -> None:
+        self.path = path
+        self.beta = beta
+        self.max_length = max_length
+        self.token_budget = token_budget
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        if self.tokenizer.get_vocab() != AutoTokenizer.from_pretrained(reference).get_vocab():
+            raise UserError(f"reward model {path}: reference {reference} has other tokens; give its start weights")
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.policy, self.reference = (load_policy(of, dtype).to(self.device).eval() for of in (path, reference))
+        self.width = tree_width(self.policy.hf) if share_prompts else None
+
+    @torch.inference_mode()
+    def score(self, items: Sequence[Judged]) -> list[float]:
+        """Return one raw score per item; up to rounding it does not depend on what else is in the batch."""
+        render = "text" if self.tokenizer.chat_template is None else "chat"
+        completions = [
+            completion_ids(self.tokenizer, item.messages, item.completion, render)[: self.max_length - 1]
+            for item in items
+        ]
+        # Beyond max_length the beginning is cut off, as for every reward model.
+        prompts = [
+            prompt_ids(self.tokenizer, item.messages, render)[len(completion) - self.max_length :]
+            for item, completion in zip(items, completions, strict=True)
+        ]
+        sums = [
+            [
+                float(values.sum(dtype=np.float64))
+                for values in completion_logprobs(model, prompts, completions, 1.0, self.token_budget, width=self.width)
+            ]
+            for model in (self.policy, self.reference)
+        ]
+        return [self.beta * (own - start) for own, start in zip(*sums, strict=True)]
 
 
 def _shared_lengths(conversations: Sequence[str], texts: Sequence[Sequence[int]]) -> list[int]:
