@@ -76,6 +76,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     train.add_argument("--resume", metavar="RUN", help="continue this run directory")
     _command(commands, "demo", _demo, "all of RLHF on this machine, in minutes, without a download", "run.steps=10")
     _command(commands, "sft", _sft, "supervised fine-tuning, section sft", "CONFIG sft.epochs=2")
+    _command(commands, "dpo", _dpo, "direct preference optimisation, section dpo", "CONFIG dpo.beta=0.05")
     reward = _command(commands, "reward", _reward, "train reward models, section reward_models", "CONFIG --only proxy")
     reward.add_argument("--only", metavar="NAME", action="append", help="train this one; may be repeated")
     evaluate = _command(commands, "eval", _evaluate, "run the recipe's evaluations once", "CONFIG --checkpoint DIR")
@@ -194,6 +195,13 @@ def _sft(args: argparse.Namespace) -> None:
     from cluster import offline
 
     offline.sft(recipe)
+
+
+def _dpo(args: argparse.Namespace) -> None:
+    recipe = _checked("dpo", args.config, args.overrides)
+    from cluster import offline
+
+    offline.dpo(recipe)
 
 
 def _reward(args: argparse.Namespace) -> None:

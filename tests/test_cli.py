@@ -310,7 +310,7 @@ def one_line(text: str, says: Sequence[str]) -> None:
 
 def test_without_a_mistake_there_is_no_error(world: Path) -> None:
     overrides = [f"evaluation.tasks=[{TASK}]", "evaluation.primary=held/gold"]
-    for name in ("sft", "reward_models.proxy"):
+    for name in ("sft", "dpo", "reward_models.proxy"):
         overrides.append(f"{name}={{output: o, data: {{path: pairs.jsonl, format: pairs}}}}")
     recipe = load("recipe.yaml", overrides)
     for name in get_args(Command):
@@ -363,7 +363,7 @@ def test_debug_shows_the_traceback(world: Path) -> None:
     assert answer.returncode != 0 and "Traceback" in answer.stderr and "did you mean" in answer.stderr
 
 
-@pytest.mark.parametrize("name", ["", "train", "demo", "sft", "reward", "eval", "config"])
+@pytest.mark.parametrize("name", ["", "train", "demo", "sft", "reward", "dpo", "eval", "config"])
 def test_help_has_an_example(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([name, "--help"] if name else ["--help"])

@@ -310,7 +310,7 @@ class Tracker:
         now = self._spool.now()
         self._spool.append(
             {
-                "kind": "metric", "key": _metric_key(key), "value": float(value), "step": version, "timestamp": now,
+                "kind": "metric", "key": metric_key(key), "value": float(value), "step": version, "timestamp": now,
                 "incarnation": self._incarnation,
             }
             for key, value in metrics.items()
@@ -325,7 +325,7 @@ class Tracker:
         self._spool.append(
             {
                 "kind": "param",
-                "key": _metric_key(key),
+                "key": metric_key(key),
                 "value": short(value if isinstance(value, str) else json.dumps(value)),
             }
             for key, value in flatten(config).items()
@@ -333,7 +333,7 @@ class Tracker:
         # What is evaluated after the curves changes nothing in how they compare.
         hashed = config | {"evaluation": {key: of for key, of in config["evaluation"].items() if key != "final"}}
         hashes = {f"config.{group}": content_hash(hashed[group])[:12] for group in HASHED_GROUPS}
-        self.log_tags({**hashes, **_git_tags(), **config["tracking"]["tags"]})
+        self.log_tags({**hashes, **git_tags(), **config["tracking"]["tags"]})
         self.log_tags({"headroom.dir": str(self._rundir.path.resolve())})
         path = self._rundir.path / "config.json"
         write_atomic(path, json.dumps(config, indent=2) + "\n")
@@ -372,7 +372,7 @@ def history(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:
     return surviving(((m.step, m.timestamp, m.value) for m in client.get_metric_history(run_id, key)), starts)
 
 
-def _metric_key(key: str) -> str:
+def metric_key(key: str) -> str:
     """Replace what MLflow refuses in names."""
     return re.sub(r"[^\w\-. :/]", "_", re.sub("/{2,}", "/", key))
 
@@ -385,7 +385,7 @@ def _problem(error: Exception) -> str:
     return f"takes no records now ({type(error).__name__}: {printable_uri(short(first_line, 160))})"
 
 
-def _git_tags() -> dict[str, str]:
+def git_tags() -> dict[str, str]:
     """The commit of this checkout and whether it was changed; nothing where there is no git."""
     here = Path(__file__).parent
 
