@@ -254,6 +254,7 @@ def test_a_loss_that_is_no_number_ends_the_training(path: str, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_training_that_was_killed_goes_on_bit_equal(path: str, tmp_path: Path) -> None:
     arguments = [
         sys.executable,
@@ -263,7 +264,7 @@ def test_a_training_that_was_killed_goes_on_bit_equal(path: str, tmp_path: Path)
         str(tmp_path / "killed"),
         str(torch.get_num_threads()),
     ]
-    child = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=200)
+    child = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=500)
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert not (tmp_path / "killed").exists() and list((tmp_path / "killed.checkpoint/checkpoints").iterdir())
     lines: list[str] = []
