@@ -4,8 +4,19 @@ from collections.abc import Sequence
 from typing import Literal
 
 from configs.errors import UserError
-from configs.schema import EvalScorer, Offline, RewardComponent
+from configs.schema import EvalScorer, Offline, RewardComponent, SamplingParams
 
+# Fields of vLLM's SamplingParams after which a plain softmax is not what was sampled from.
+RESHAPING = (
+    "allowed_token_ids",
+    "bad_words",
+    "frequency_penalty",
+    "logit_bias",
+    "min_p",
+    "min_tokens",
+    "presence_penalty",
+    "repetition_penalty",
+)
 LOSSES = {"sft": (), "reward": ("bradley_terry", "margin", "kwise"), "dpo": ("dpo", "ipo")}
 DPO_KEYS = ("beta", "label_smoothing", "length_normalisation")
 
@@ -42,3 +53,18 @@ def check_loss(key: str, training: Offline, command: Literal["sft", "reward", "d
     for name in DPO_KEYS:
         if command != "dpo" and getattr(training, name) != Offline.model_fields[name].default:
             raise UserError(f"{key}.{name}: headroom {command} does not read it, headroom dpo does; leave it out")
+
+
+def check_sampled_distribution(sampling: SamplingParams) -> None:
+    """Refuse samples that a plain softmax would not have drawn, unless the recipe allows them."""
+    if sampling.temperature == 0:
+        raise UserError("sampling.temperature: greedy samples cannot be trained on; set it above 0, usually to 1")
+    if sampling.allow_truncated_distribution:
+        return
+    given = [f"top_p={sampling.top_p:g}"] * (sampling.top_p < 1) + [f"top_k={sampling.top_k}"] * (sampling.top_k > 0)
+    given += [f"extra.{name}={sampling.extra[name]}" for name in RESHAPING if name in sampling.extra]
+    if given:
+        raise UserError(
+            f"sampling.{given[0]}: training needs samples of the whole softmax, and this changes what is sampled from; "
+            "leave it out, or set sampling.allow_truncated_distribution=true"
+        )

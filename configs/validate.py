@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.algorithms import FACTS, check, check_action
-from configs.checks import check_loss, check_source, check_unique
+from configs.checks import check_loss, check_sampled_distribution, check_source, check_unique
 from configs.errors import UserError
 from configs.formats import COMPLETIONS, PREFERENCES, parse_rows, refusal
 from configs.machine import check_machine
@@ -25,17 +25,6 @@ from configs.schema import Data, EvalScorer, Offline, Recipe, RewardComponent, S
 
 Command = Literal["demo", "train", "sft", "reward", "dpo", "eval"]
 ROWS_CHECKED = 5000  # of each file; the rest is checked by the same code when it is read
-# Fields of vLLM's SamplingParams after which a plain softmax is not what was sampled from.
-RESHAPING = (
-    "allowed_token_ids",
-    "bad_words",
-    "frequency_penalty",
-    "logit_bias",
-    "min_p",
-    "min_tokens",
-    "presence_penalty",
-    "repetition_penalty",
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,22 +91,8 @@ def _check_method(recipe: Recipe) -> None:
             f"divide by algorithm.minibatches x ranks = {algorithm.minibatches} x {ranks}; the nearest that do: "
             f"loop.batch_prompts={f'{below} or {below + step}' if below else step}"
         )
-    _check_sampled_distribution(sampling)
+    check_sampled_distribution(sampling)
     _check_room(recipe, "sampling", sampling)
-
-
-def _check_sampled_distribution(sampling: SamplingParams) -> None:
-    if sampling.temperature == 0:
-        raise UserError("sampling.temperature: greedy samples cannot be trained on; set it above 0, usually to 1")
-    if sampling.allow_truncated_distribution:
-        return
-    given = [f"top_p={sampling.top_p:g}"] * (sampling.top_p < 1) + [f"top_k={sampling.top_k}"] * (sampling.top_k > 0)
-    given += [f"extra.{name}={sampling.extra[name]}" for name in RESHAPING if name in sampling.extra]
-    if given:
-        raise UserError(
-            f"sampling.{given[0]}: training needs samples of the whole softmax, and this changes what is sampled from; "
-            "leave it out, or set sampling.allow_truncated_distribution=true"
-        )
 
 
 def _check_room(recipe: Recipe, key: str, sampling: SamplingParams) -> None:

@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from configs.algorithms import FACTS, AlgorithmFacts
 from trainers.advantages import (
@@ -23,6 +22,7 @@ from trainers.advantages import (
 )
 from trainers.importance import level_log_ratio
 from trainers.losses import clipped_surrogate, clipped_weight_surrogate
+from trainers.preferences import dpo_loss, ipo_loss
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,14 +179,14 @@ def likelihood(inputs: LossInputs) -> LossOutputs:
 
 def dpo(inputs: LossInputs) -> LossOutputs:
     """Fit the reward that the policy implies to the labels of pairs. Rafailov et al. 2023, eq. 7; cDPO."""
-    margin, label, pairs = _pairs(inputs)
-    return _of_pairs(-label * F.logsigmoid(margin) - (1 - label) * F.logsigmoid(-margin), pairs, inputs)
+    difference, label, pairs = _pairs(inputs)
+    return _of_pairs(dpo_loss(difference, inputs.beta, label=label), pairs, inputs)
 
 
 def ipo(inputs: LossInputs) -> LossOutputs:
     """Bring the log-ratio of a pair to what its label is worth. Azar et al. 2023, eq. 17, there with hard labels."""
-    margin, label, pairs = _pairs(inputs)
-    return _of_pairs((margin / inputs.beta - (2 * label - 1) / (2 * inputs.beta)).square(), pairs, inputs)
+    difference, label, pairs = _pairs(inputs)
+    return _of_pairs(ipo_loss(difference, inputs.beta, label=label), pairs, inputs)
 
 
 def _penalised(inputs: AdvantageInputs) -> Tensor:
@@ -213,17 +213,16 @@ def _log_ratio(inputs: LossInputs) -> Tensor:
 
 
 def _pairs(inputs: LossInputs) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Return β times the log-ratio of best and worst (p,), the label of each pair (p,), and the pairs' rows."""
+    """Return log π/π₀ of best less worst (p,), the label of each pair (p,), and the pairs' rows."""
     if inputs.reference is None:
         raise ValueError("a loss of pairs needs reference log-probs, and the batch has none")
     order = torch.argsort(inputs.groups, stable=True)
     signs = inputs.advantages.sum(1)[order]
     best, worst = order[signs > 0], order[signs < 0]
     log_ratio = torch.where(inputs.mask.bool(), inputs.logprobs - inputs.reference, torch.zeros_like(inputs.logprobs))
-    implied = inputs.beta * log_ratio.sum(1)
-    difference = inputs.rewards[best] - inputs.rewards[worst]
-    label = torch.sigmoid(difference) if inputs.labels == "bradley_terry" else torch.ones_like(difference)
-    return implied[best] - implied[worst], label, (best, worst)
+    whole, better = log_ratio.sum(1), inputs.rewards[best] - inputs.rewards[worst]
+    label = torch.sigmoid(better) if inputs.labels == "bradley_terry" else torch.ones_like(better)
+    return whole[best] - whole[worst], label, (best, worst)
 
 
 def _of_pairs(losses: Tensor, pairs: tuple[Tensor, Tensor], inputs: LossInputs) -> LossOutputs:
