@@ -53,6 +53,8 @@ def check_loss(key: str, training: Offline, command: Literal["sft", "reward", "d
     for name in DPO_KEYS:
         if command != "dpo" and getattr(training, name) != Offline.model_fields[name].default:
             raise UserError(f"{key}.{name}: headroom {command} does not read it, headroom dpo does; leave it out")
+    if training.loss != "margin" and training.margin_scale != Offline.model_fields["margin_scale"].default:
+        raise UserError(f"{key}.margin_scale: it scales what loss margin reads; set {key}.loss=margin, or leave it out")
 
 
 def check_sampled_distribution(sampling: SamplingParams) -> None:

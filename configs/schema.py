@@ -311,6 +311,8 @@ class Offline(Section):
     """Share of prompts kept out to report loss, and accuracy where there are preferences."""
     loss: Literal["bradley_terry", "margin", "kwise", "dpo", "ipo"] | None = None
     """reward: bradley_terry (default), margin or kwise; dpo: dpo (default) or ipo; sft has one loss only."""
+    margin_scale: float = Field(1.0, gt=0)
+    """loss margin: how far apart scores are to be, in nats, for each unit of a row's margin."""
     beta: float = Field(DPO_BETA, gt=0)
     """dpo: how strongly the start weights pull; the policy that dpo aims at is proportional to π₀·exp(r / beta)."""
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)

@@ -24,6 +24,7 @@ def training(**fields: Any) -> Offline:
         ("reward", {"beta": 0.5}, "reward_models.a.beta: headroom reward does not read it"),
         ("sft", {"label_smoothing": 0.1}, "label_smoothing"),
         ("reward", {"length_normalisation": True}, "length_normalisation"),
+        ("reward", {"margin_scale": 0.5}, "set reward_models.a.loss=margin, or leave it out"),
     ],
 )
 def test_a_loss_of_another_training_is_refused(command: Any, fields: Mapping[str, Any], says: str) -> None:
@@ -35,6 +36,7 @@ def test_a_loss_of_another_training_is_refused(command: Any, fields: Mapping[str
 @pytest.mark.parametrize("loss", [None, "bradley_terry", "margin", "kwise"])
 def test_a_loss_of_its_own_is_not(loss: str | None) -> None:
     check_loss("reward_models.a", training(loss=loss, beta=0.1), "reward")
+    check_loss("reward_models.a", training(loss="margin", margin_scale=0.3), "reward")
     check_loss("dpo", training(loss="ipo", beta=0.5, label_smoothing=0.2), "dpo")
 
 

@@ -247,6 +247,17 @@ def test_a_changed_training_starts_anew_and_a_second_one_is_refused(path: str, t
         trained("dpo", tmp_path / "out", path)
 
 
+def test_a_margin_is_scaled_and_moves_the_loss(path: str, tmp_path: Path) -> None:
+    """Before training scores are near each other, so the loss is about log(1 + exp(margin)) of the scaled margin."""
+    rows = preferences(60)
+    before = {}
+    for scale in (0.1, 1.0):
+        config = offline(tmp_path / str(scale), loss="margin", margin_scale=scale)
+        before[scale] = train_reward(config, path, rows, margins=[5.0] * 60).loss_before
+    plain = train_reward(offline(tmp_path / "plain"), path, rows, margins=[5.0] * 60).loss_before
+    assert plain < before[0.1] < 2 and 4 < before[1.0] < 7
+
+
 def test_a_loss_that_is_no_number_ends_the_training(path: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"step 1 of \d+: the loss is nan; lower"):
         train_reward(offline(tmp_path / "nan", loss="margin"), path, preferences(40), margins=[float("nan")] * 40)

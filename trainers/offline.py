@@ -194,7 +194,7 @@ def train_reward(
         raise UserError(f"{config.output}: loss margin needs a margin for each pair; take bradley_terry without")
     if config.loss != "kwise" and any(len(texts) != 2 for texts in rows):
         raise UserError(f"{config.output}: rows rank more than two texts; set loss=kwise, or give pairs")
-    margins = margins if config.loss == "margin" else None
+    margins = [config.margin_scale * margin for margin in margins or ()] if config.loss == "margin" else None
 
     def objective(engine: TrainEngine, kept: Unfinished) -> Objective:
         return reward_objective(rows, tree=_tree(engine, config), margins=margins)
