@@ -22,7 +22,7 @@ from trainers.comparisons import choices, rankings
 from trainers.models import load_policy
 from trainers.objectives import Rows, dpo_objective
 from trainers.offline import train_dpo
-from trainers.scoring import ImplicitReward, Judged
+from trainers.scoring import ImplicitReward, Judged, RewardModel
 from trainers.types import Group, Prompt, Rollout
 
 DATA = Data(path="none", format="pairs", render="text")
@@ -239,3 +239,45 @@ def test_the_command_trains_what_the_recipe_says(tmp_path: Path, monkeypatch: py
     assert result["loss_before"] == pytest.approx(25, abs=1e-2)  # (0 - 1 / (2 * 0.1))^2
     kept = tmp_path / "tuned.checkpoint/metrics.jsonl"  # by a machine too slow to reach the store in time
     assert (tmp_path / "tracked.db").exists() or kept.exists()
+
+
+@pytest.mark.parametrize("loss", ["kwise", "margin"])
+def test_rankings_and_margins_come_from_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str) -> None:
+    """The columns' scores rank the answers; with margin the rows carry it."""
+    tiny.policy(tmp_path / "policy")
+    ranked = {"answers": ["no", "yes!", "so so"], "points": [1.0, 9.0, 5.0]}
+    single = {"good": "yes!", "bad": "no", "points": 4}
+    rows = [{"q": f"{a} {b}?", **(ranked if loss == "kwise" else single)} for a in "abcdef" for b in "stuvwx"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"completions": "answers", "scores": "points"}
+    if loss == "margin":
+        columns = {"chosen": "good", "rejected": "bad", "margin": "points"}
+    tree = {
+        "run": {"name": "case"},
+        "model": {"path": "policy", "dtype": "float32"},
+        "data": {"path": "rows.jsonl"},
+        "tracking": {"uri": "sqlite:///tracked.db"},
+        "reward_models": {
+            "rm": {
+                "output": "rm",
+                "data": {"path": "rows.jsonl", "format": "columns", "columns": {"prompt": "q", **columns}},
+                "loss": loss,
+                "batch": 4,
+                "epochs": 3,
+                "holdout": 0.3,
+                "engine": {"zero": 0, "threads": 1, "optimizer": {"learning_rate": 1e-2}},
+            }
+        },
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    monkeypatch.chdir(tmp_path)
+    assert main(["reward", "recipe.yaml"]) == 0
+    result = json.loads((tmp_path / "rm/result.json").read_text())
+    assert result["accuracy"] == 1.0
+    model = RewardModel("rm", device="cpu")
+    asked = (Turn(role="user", content="z z?"),)
+    scores = model.score([Judged(messages=asked, completion=text) for text in ("yes!", "so so", "no")])
+    if loss == "kwise":
+        assert scores == sorted(scores, reverse=True)
+    else:
+        assert result["loss_before"] > 3 and scores[0] - scores[2] > 3, "as far apart as the margin says, about"

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from configs.errors import UserError
+from configs.formats import PREFERENCES
 from configs.rows import Row, prompt_text
 from configs.schema import Data
 from trainers.data import Examples, completion_ids, conversation_ids, fitting, prompt_ids, with_system
@@ -72,5 +73,6 @@ def choices(rows: Sequence[Row], data: Data, tokenizer: PreTrainedTokenizerBase,
 
 def _pair(row: Row, data: Data) -> tuple[str, str]:
     if row.chosen is None or row.rejected is None:
-        raise UserError(f"{data.path}: format {data.format!r} has no preferences; set data.format=hh or pairs")
+        known = ", ".join(PREFERENCES)
+        raise UserError(f"{data.path}: format {data.format!r} has no preferences; set data.format to one of {known}")
     return row.chosen, row.rejected
