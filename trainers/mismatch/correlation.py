@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from trainers.mismatch.series import Array, Curve, Series
+from trainers.mismatch.series import Array, Curve, Series, symmetric_root
 
 Kind = Literal["pearson", "spearman", "kendall"]
 KINDS: tuple[Kind, ...] = ("pearson", "spearman", "kendall")
@@ -153,9 +153,7 @@ def _standard(curve: Curve) -> tuple[Array, Array, float, str | None]:
     share = float(np.trace(covariance)) / n
     if 1 - share < LEAST_RELIABILITY:
         return *empty, f"not enough: {min(share, 1):.0%} of the spread of {curve.name} is measurement error"
-    values, vectors = np.linalg.eigh(covariance)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T  # the symmetric root is unique
-    return centred / spread, root, share, None
+    return centred / spread, symmetric_root(covariance), share, None
 
 
 def _interval(

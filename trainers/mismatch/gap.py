@@ -7,7 +7,7 @@ import numpy as np
 from scipy import stats
 
 from configs.errors import UserError
-from trainers.mismatch.series import Array, Curve, Series
+from trainers.mismatch.series import Array, Curve, Series, symmetric_root
 
 FEWEST = 5  # versions
 LEAST_RELIABILITY = 0.3  # share of what was seen that is not measurement error
@@ -60,7 +60,7 @@ def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 300, see
             return _nothing(name, estimand, level, n, f"not enough: {share:.0%} of the gains of {curve.name} is error")
     noise = [float(np.trace(error)) for error in errors]
     rng = np.random.default_rng(seed)
-    x, y = (rng.standard_normal((draws, n - 1)) @ _root(error) for error in errors)
+    x, y = (rng.standard_normal((draws, n - 1)) @ symmetric_root(error) for error in errors)
     value = float(_through_base(gains[0], gains[1], (noise[0], noise[1])))
     again = _through_base(gains[0] + x, gains[1] + y, (2 * noise[0], 2 * noise[1]))  # a draw has the errors twice
     kept = again[np.isfinite(again)]
@@ -198,11 +198,6 @@ def _errors(curve: Curve, weights: Array) -> Array:
     if curve.covariance is None:
         return np.zeros((len(weights), len(weights)))
     return np.asarray(weights @ curve.covariance @ weights.T)
-
-
-def _root(covariance: Array) -> Array:
-    values, vectors = np.linalg.eigh(covariance)
-    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
 
 
 def _through_base(x: Array, y: Array, noise: tuple[float, float]) -> Array:

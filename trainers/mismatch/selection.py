@@ -17,7 +17,7 @@ from scipy import stats
 
 from configs.errors import UserError
 from trainers.mismatch import scan
-from trainers.mismatch.series import Array, Curve, Series
+from trainers.mismatch.series import Curve, Series, symmetric_root
 from trainers.mismatch.smoothing import smooth
 
 Source = Literal["untouched", "pooled", "curve"]
@@ -114,7 +114,7 @@ def shortlist(curve: Curve, size: int = 3, among: Collection[int] | None = None)
         return Shortlist(evaluation=curve.name, base=None, versions=(), not_enough=why)
     mean, covariance = smooth(curve)
     normal = np.random.default_rng(SEED).standard_normal((DRAWS, len(mean))).T
-    drawn = mean[:, None] + _root(covariance) @ normal
+    drawn = mean[:, None] + symmetric_root(covariance) @ normal
     places, best = [0], drawn[0]
     gone = [place for place, version in enumerate(curve.versions) if among is not None and version not in among]
     for _ in range(min(size, len(mean) - len({0, *gone}))):
@@ -254,11 +254,6 @@ def pool(curve: Curve, again: Curve) -> Curve:
         prompts=min(counts, default=None),
         notes=curve.notes + again.notes,
     )
-
-
-def _root(covariance: Array) -> Array:
-    values, vectors = np.linalg.eigh(covariance)
-    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)  # the symmetric root is unique
 
 
 def _estimates(

@@ -134,7 +134,7 @@ def from_scores(
     if np.any(np.isinf(scores)):
         raise UserError(f"{name} has an infinite score at version {numbers[np.argmax(np.isinf(scores).any(1))]}")
     _check_size(f"a score of {name}", numbers, np.abs(np.nan_to_num(scores)).max(1, initial=0))
-    kept, columns, notes = _complete(numbers, scores)
+    kept, columns, notes = complete(numbers, scores)
     labels = np.arange(scores.shape[1]) if clusters is None else np.asarray(clusters)
     groups, places = np.unique(labels[columns], return_inverse=True)
     if len(groups) < 2:
@@ -154,8 +154,21 @@ def from_scores(
     )
 
 
-def _complete(versions: Integers, scores: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_], tuple[str, ...]]:
-    """Choose versions (n,) and prompts (N,) so that no score is missing."""
+def symmetric_root(covariance: Array) -> Array:
+    """Return the symmetric square root (n, n) of a covariance (n, n): unique, also where the covariance is singular.
+
+    What rounding has made negative of its eigenvalues counts as 0.
+    """
+    values, vectors = np.linalg.eigh(covariance)
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T)
+
+
+def complete(versions: Integers, scores: Array) -> tuple[NDArray[np.bool_], NDArray[np.bool_], tuple[str, ...]]:
+    """Choose among scores (n, N) the versions (n,) and prompts (N,) so that none is missing; and say what was left out.
+
+    A version at which fewer than half of the prompts are defined (not NaN) is left out, then each prompt that is not
+    defined at all of the others.
+    """
     defined = ~np.isnan(scores)
     kept = defined.mean(1) >= ENOUGH_DEFINED
     columns = defined[kept].all(0)
