@@ -298,8 +298,7 @@ def test_a_law_is_drawn_from_its_truncated_posterior() -> None:
     rng = np.random.default_rng(0)
     root = np.tril(rng.normal(size=(3, 3)))
     mean = np.array([0.5, 1.0, -0.8])
-    posterior = paths._Posterior(weights=np.ones((1, 1)), mean=mean[None, None], root=root[None])
-    drawn = paths._drawn(posterior, rng.standard_normal((40_000, 3)), rng.uniform(size=40_000))[0][0]
+    drawn = paths._truncated(mean[None], rng.standard_normal((40_000, 3)) @ root.T, root)[:, :2]
     plain = mean + rng.standard_normal((400_000, 3)) @ root.T
     kept = plain[plain[:, -1] > 0, :2]
     for level in (0.1, 0.5, 0.9):

@@ -21,6 +21,7 @@ from trainers.mismatch.models import models
 from trainers.mismatch.series import Array, Curve, Integers
 
 Which = NDArray[np.bool_]
+Places = NDArray[np.intp]
 LawName = Literal["best-of-n", "rl"]
 LAWS: tuple[LawName, ...] = ("best-of-n", "rl")
 
@@ -30,6 +31,7 @@ STOPS = 0.45  # of the other draws stay where they are
 BREAKS = 1.0  # expected in as many evaluations as lie behind
 FALLS, RISES = 0.035, 0.035  # share of the draws in which a surprise comes at once
 RISE, LEAP = 1.5, 0.6  # of a rise that comes as a surprise: its pace, in the steepest so far; at least, in swings
+CHUNK = 64  # models at a time
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -160,7 +162,7 @@ def draw_paths(seen: Seen, x: Array, steps: Array, draws: int, seed: int) -> Pat
     octave = np.round(np.log2(seen.swing))  # the models' amplitude: runs of one octave share their algebra
     for one in np.unique(octave):
         rows = octave == one
-        posterior = _posterior(seen, rows, among.covariance * 4.0**one, among.prior, names == "level")
+        posterior = _posterior(seen, rows, among.covariance, 4.0**one, among.prior, names == "level")
         weights[rows] = posterior.weights
         values[rows], chosen = _drawn(posterior, normal, uniform)
         moving[rows] = (names != "level")[chosen]
@@ -178,27 +180,34 @@ class _Posterior:
     """What G models make of R runs: N values so far and ahead, and the coefficient that is held at 0 or more."""
 
     weights: Array  # (R, G)
-    mean: Array  # (G, R, N + 1)
-    root: Array  # (G, N + 1, N + 1) of the covariance
+    covariance: Array  # (G, N + 1, N + 1) of the models, before anything was seen
+    scale: float  # of the covariance
+    errors: Array  # (n, n) covariance
+    mean: Array  # (n, R) what was seen
 
 
-def _posterior(seen: Seen, rows: Which, covariance: Array, prior: Array, still: Which) -> _Posterior:
-    """Condition models with `covariance` (G, N + 1, N + 1) on the runs at `rows`."""
-    n = len(seen.x)
-    lower = np.linalg.cholesky(covariance[:, :n, :n] + seen.covariance)
-    inverse = np.linalg.inv(lower)
-    surprise = inverse @ seen.mean[rows].T  # (G, n, R), each value's from those before it: standard normal
-    gain = covariance[:, :, :n] @ np.swapaxes(inverse, 1, 2)
-    mean = np.swapaxes(gain @ surprise, 1, 2)
-    left = covariance - gain @ np.swapaxes(gain, 1, 2)
-    values, vectors = np.linalg.eigh(left)
-    root = vectors * np.sqrt(np.maximum(values, 0))[:, None]
-    scores = -(surprise**2).sum(1) / 2 - np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(1)[:, None]
-    bounded = covariance[:, -1, -1] > 0
-    scores[bounded] += special.log_ndtr(mean[bounded, :, -1] / np.sqrt(left[bounded, -1, -1])[:, None])
-    scores[bounded] += np.log(2)  # the prior is cut at 0 too
+def _posterior(seen: Seen, rows: Which, covariance: Array, scale: float, prior: Array, still: Which) -> _Posterior:
+    """Condition models with `covariance` (G, N + 1, N + 1), times `scale`, on the runs at `rows`."""
+    values, scores = seen.mean[rows].T, np.empty((len(covariance), int(rows.sum())))
+    for first in range(0, len(covariance), CHUNK):  # all at once would be gigabytes, where there are many versions
+        part = scale * covariance[first : first + CHUNK]
+        lower, inverse = _whitening(part, seen.covariance)
+        surprise = inverse @ values  # (G, n, R), each value's from those before it: standard normal
+        score = -(surprise**2).sum(1) / 2 - np.log(np.diagonal(lower, axis1=1, axis2=2)).sum(1)[:, None]
+        bounded = part[:, -1, -1] > 0
+        gain = np.swapaxes(inverse[bounded] @ part[bounded, : len(values), -1:], 1, 2)  # (G, 1, n) of the coefficient
+        left = part[bounded, -1, -1] - (gain[:, 0] ** 2).sum(1)
+        score[bounded] += special.log_ndtr((gain @ surprise[bounded])[:, 0] / np.sqrt(left)[:, None])
+        score[bounded] += np.log(2)  # the prior is cut at 0 too
+        scores[first : first + CHUNK] = score
     weights = _weights(scores.T + np.log(prior), still)
-    return _Posterior(weights=weights, mean=mean, root=root)
+    return _Posterior(weights=weights, covariance=covariance, scale=scale, errors=seen.covariance, mean=values)
+
+
+def _whitening(covariance: Array, errors: Array) -> tuple[Array, Array]:
+    """Return the Cholesky factor (..., n, n) of the first n of a model's values with errors (n, n), and its inverse."""
+    lower = np.asarray(np.linalg.cholesky(covariance[..., : len(errors), : len(errors)] + errors), np.float64)
+    return lower, np.asarray(np.linalg.inv(lower))
 
 
 def _weights(scores: Array, still: Which) -> Array:
@@ -210,23 +219,42 @@ def _weights(scores: Array, still: Which) -> Array:
     return np.where(share < LEVEL_FLOOR, floored, weights)
 
 
-def _drawn(posterior: _Posterior, normal: Array, uniform: Array) -> tuple[Array, NDArray[np.intp]]:
+def _drawn(posterior: _Posterior, normal: Array, uniform: Array) -> tuple[Array, Places]:
     """Draw values (R, S, N) and their models (R, S) with random numbers (S, N + 1) and, for the choice, (S,)."""
     edges = np.cumsum(posterior.weights, 1)
-    run, draw = np.arange(len(edges))[:, None], np.arange(len(uniform))
+    run = np.arange(len(edges))[:, None]
     edges = run + np.minimum(edges / edges[:, -1:], 1)
     chosen = np.searchsorted(edges.ravel(), (run + uniform).ravel()).reshape(len(run), -1) - run * edges.shape[1]
-    noise = normal @ np.swapaxes(posterior.root, 1, 2)
-    middle, around = posterior.mean[chosen, run], noise[chosen, draw]
-    values = middle + around
-    spread = np.einsum("gij,gj->gi", posterior.root, posterior.root[:, -1])  # of every value with the coefficient
-    bounded = spread[chosen, -1] > 0
-    which = spread[chosen[bounded]]
-    sd, centre = np.sqrt(which[:, -1]), middle[bounded, -1]
-    above = special.ndtr(centre / sd) * special.ndtr(-around[bounded, -1] / sd)
-    cut = centre - sd * special.ndtri(np.maximum(above, 1e-300))  # the coefficient at 0 or more; the others follow it
-    values[bounded] += ((cut - values[bounded, -1]) / sd**2)[:, None] * which
-    return np.asarray(values[:, :, :-1]), chosen
+    values = np.empty((*chosen.shape, normal.shape[1]))
+    order = np.argsort(chosen, axis=None, kind="stable")
+    used, first = np.unique(chosen.ravel()[order], return_index=True)
+    for model, pairs in zip(used, np.split(order, first[1:]), strict=True):  # most models are never drawn from
+        of_run, draw = np.unravel_index(pairs, chosen.shape)
+        mean, root = _of_model(posterior, model)
+        around = (normal @ root.T)[draw] if len(draw) > len(normal) else normal[draw] @ root.T
+        values[of_run, draw] = _truncated(mean[of_run], around, root)
+    return values[:, :, :-1], chosen
+
+
+def _of_model(posterior: _Posterior, model: int) -> tuple[Array, Array]:
+    """Return mean (R, N + 1) and a root (N + 1, N + 1) of the covariance that one model has of the values."""
+    prior = posterior.scale * posterior.covariance[model]
+    _, inverse = _whitening(prior, posterior.errors)
+    gain = prior[:, : len(inverse)] @ inverse.T
+    sizes, vectors = np.linalg.eigh(prior - gain @ gain.T)
+    return (gain @ (inverse @ posterior.mean)).T, vectors * np.sqrt(np.maximum(sizes, 0))
+
+
+def _truncated(mean: Array, around: Array, root: Array) -> Array:
+    """Return P draws (P, N + 1), `around` a mean, with the coefficient at 0 or more; the others follow it."""
+    values = mean + around
+    spread = root @ root[-1]  # of every value with the coefficient
+    if spread[-1] > 0:
+        sd, centre = float(np.sqrt(spread[-1])), mean[:, -1]
+        above = special.ndtr(centre / sd) * special.ndtr(-around[:, -1] / sd)
+        cut = centre - sd * special.ndtri(np.maximum(above, 1e-300))
+        values += ((cut - values[:, -1]) / sd**2)[:, None] * spread
+    return np.asarray(values)
 
 
 def _broken(last: Array, smooth: Array, moving: Which, seen: Seen, steps: Array, rng: np.random.Generator) -> Array:
