@@ -8,7 +8,7 @@ from xml.etree.ElementTree import Element
 import numpy as np
 from scipy import stats
 
-from cluster.report.figures import Picture, compared
+from cluster.report.figures import LOOKS, Picture, compared
 from cluster.report.html import document, element, table, unbroken
 from cluster.report.page import card, figures
 from cluster.report.text import aligned
@@ -16,6 +16,7 @@ from cluster.report.view import ARROWS, UNKNOWN, View, coefficient, duration, es
 from configs.errors import UserError
 from trainers.measured import MeasuredRun
 from trainers.mismatch import Correlation, Curve, Estimate, between
+from trainers.mismatch.correlation import FEWEST
 
 # What differs between the seeds of one recipe, by the names of Headroom and of transformers' trainers.
 NO_RECIPE = ("run.seed", "run.name", "run.dir", "seed", "data_seed", "run_name", "output_dir", "logging_dir")
@@ -150,7 +151,11 @@ def _across(views: Sequence[View]) -> tuple[Correlation, ...]:
     reward = _of_runs([view.series.reward.at(np.array([version])) for view, version in kept])
     evaluation = _of_runs([view.series.primary.at(np.array([version])) for view, version in kept])
     of = f"correlation of the true {reward.name} and {name} at the last version of each of these {len(kept)} runs"
-    return tuple(replace(one, estimand=f"{one.kind} {of}") for one in between(reward, evaluation))
+    few = f"not enough: {len(kept)} runs have both, {FEWEST} are needed" if len(kept) < FEWEST else None
+    return tuple(
+        replace(one, estimand=f"{one.kind} {of}", not_enough=few or one.not_enough)
+        for one in between(reward, evaluation)
+    )
 
 
 def _last(view: View) -> int | None:
@@ -189,7 +194,7 @@ def _runs(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
         "state",
         "take version",
         f"{name} there",
-        "last version",
+        f"{name}, last",
         "headroom left",
         "evaluation",
         "time",
@@ -242,7 +247,9 @@ ACROSS = (
 
 
 def _coefficients(of: Compared) -> tuple[Sequence[str], list[Sequence[str]]]:
-    rows = [(f"{one.x} with {one.y}", one.kind, str(one.n), coefficient(one)) for one in of.correlations]
+    said = [(f"{one.x} with {one.y}", one.kind, str(one.n), coefficient(one)) for one in of.correlations]
+    alike = len({why for _, _, _, why in said}) == 1  # of all three the same reason
+    rows = [(pair, "all", n, why) for pair, _, n, why in said[:1]] if alike else said
     return ("pair", "coefficient", "runs", "estimate, 95 % interval"), rows
 
 
@@ -269,25 +276,27 @@ def _tables(of: Compared) -> Iterator[tuple[str, tuple[Sequence[str], list[Seque
 
 
 def pictures(of: Compared) -> list[Picture]:
-    """Draw reward and primary evaluation of all runs."""
-    runs = list(zip(of.views, of.recipes, strict=True))
-    name = of.views[0].series.primary.name
-    return [
-        compared(
-            [(view.name, recipe, view.series.reward) for view, recipe in runs],
-            of.views[0].series.reward.name,
-            "rewards",
-        ),
-        compared([(view.name, recipe, view.series.primary) for view, recipe in runs], name, "evaluations"),
-    ]
+    """Draw reward and primary evaluation of all runs: those of one recipe look alike, unless there is but one."""
+    recipes = len(set(of.recipes))
+    by = "run" if recipes == 1 and len(of.views) <= len(LOOKS) else "recipe"
+    groups = [view.name if by == "run" else recipe for view, recipe in zip(of.views, of.recipes, strict=True)]
+    drawn = []
+    for name, curves in (
+        ("rewards", [view.series.reward for view in of.views]),
+        ("evaluations", [view.series.primary for view in of.views]),
+    ):
+        names = [view.name for view in of.views]
+        drawn.append(compared(list(zip(names, groups, curves, strict=True)), curves[0].name, name, by))
+    return drawn
 
 
 def page(of: Compared, drawn: Sequence[Picture]) -> str:
     """Return the comparison as one HTML file that asks for nothing outside itself."""
+    recipes = len(set(of.recipes))
     first, *rest = (table(caption, titles, rows) for caption, (titles, rows) in _tables(of))
     return document(
         f"Comparison of {len(of.views)} runs",
-        element("h1", f"Headroom: {len(of.views)} runs, {len(set(of.recipes))} recipes"),
+        element("h1", f"Headroom: {len(of.views)} runs, {recipes} recipe{'s' if recipes > 1 else ''}"),
         [element("p", mark, class_="card parted mark") for mark in of.marks],
         _best(of),
         element("h2", "Runs"),

@@ -139,6 +139,18 @@ def test_page_and_terminal_show_every_run_and_the_seeds_together(two_recipes: Co
     assert [image["src"][:26] for image in shown.all("img")] == ["data:image/svg+xml;base64,"] * 2
 
 
+def test_seeds_of_one_recipe_are_told_apart_in_the_picture() -> None:
+    alone = compare([run(f"seed-{n}", {"run.seed": str(n)}, of) for n, of in enumerate((PARTED, PLATEAU, PARTED))])
+    for picture in pictures(alone):
+        assert all(f">seed-{n}<" in picture.svg for n in range(3)) and picture.caption.endswith("line style: the run.")
+    shown, said = Parsed(page(alone, [])).text, text(alone)
+    assert "3 runs, 1 recipe" in shown and "1 recipes" not in shown
+    for words in (shown, said):
+        assert words.count("not enough: 3 runs have both, 5 are needed") == 1
+    many = pictures(compare([run(f"seed-{n}", {"run.seed": str(n)}) for n in range(7)]))
+    assert all(">A<" in picture.svg and picture.caption.endswith("the recipe.") for picture in many)
+
+
 def test_names_and_parameters_stay_text() -> None:
     reward, gold = (from_means(name, [0, 1], [0.0, 1.0], None) for name in ("reward", "helpdesk/gold"))
     nothing = find(Series(reward=reward, evaluations=(gold,)))

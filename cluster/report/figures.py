@@ -250,8 +250,11 @@ def _warnings(view: View) -> Picture | None:
     return finished(figure, "early-warnings", "warnings", alt, "Early warnings against the policy version.")
 
 
-def compared(series: Sequence[tuple[str, str, Curve]], title: str, name: str) -> Picture:
-    """Draw one quantity of several runs, (run, group, curve) each: a colour, marker and line style for each group."""
+def compared(series: Sequence[tuple[str, str, Curve]], title: str, name: str, by: str = "recipe") -> Picture:
+    """Draw one quantity of several runs, (run, group, curve) each: a colour, marker and line style for each group.
+
+    `by`: what a group is.
+    """
     with matplotlib.rc_context(STYLE):
         figure, (ax,) = canvas(1, 3.0)
         groups = list(dict.fromkeys(group for _, group, _ in series))
@@ -264,5 +267,5 @@ def compared(series: Sequence[tuple[str, str, Curve]], title: str, name: str) ->
         ax.set_xlabel("policy version")
         figure.legend(loc="outside lower left", ncols=1, frameon=False, fontsize=8)
         alt = f"{title} of {len(series)} runs. " + " ".join(f"{run}: {_trend(curve)}" for run, _, curve in series)
-        bands = "Bands: 95 % interval of each mean within its run. Colour, marker and line style: the recipe."
+        bands = f"Bands: 95 % interval of each mean within its run. Colour, marker and line style: the {by}."
         return finished(figure, name, "curves", alt, f"{title}. {bands}")

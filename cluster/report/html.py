@@ -75,8 +75,8 @@ def _printable(text: str) -> str:
 
 
 def unbroken(text: str) -> str:
-    """Keep each interval on one line."""
-    return re.sub(r"(\[\S+,) (\S+\])", "\\1\u00a0\\2", text)
+    """Keep each interval and each time on one line."""
+    return re.sub(r"(\[\S+,) (\S+\])|(\d) (h|min)\b", lambda found: found[0].replace(" ", "\u00a0"), text)
 
 
 def table(
