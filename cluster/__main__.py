@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -95,6 +96,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     compare.add_argument("--group", metavar="KEY", help="what makes a recipe: reward, algorithm, algorithm.kl, …")
     compare.add_argument("--across-evaluations", action="store_true", help="even if they were evaluated differently")
     compare.add_argument("--output", metavar="DIR", help="write a page and its PNGs too")
+    for reader in (watch, report, compare):
+        reader.add_argument("--kl-budget", metavar="NATS", type=float, help="headroom: the gain up to this KL")
+        reader.add_argument("--version-budget", metavar="V", type=int, help="headroom: the gain up to this version")
+    budget = _reader(commands, "budget", _budget, "evaluations that the next run needs", "runs/NAME --detect 0.1")
+    _budget_options(budget)
     # Options may stand between the overrides, which nargs="*" alone does not allow.
     args, rest = parser.parse_known_args(argv)
     if wrong := [word for word in rest if word.startswith("-")]:
@@ -135,11 +141,18 @@ def _reader(
     parser.add_argument("--tracking-uri", metavar="URI", help="where MLflow is; default: sqlite:///mlflow.db")
     parser.add_argument("--margin", metavar="DROP", type=float, help="a drop of the evaluation that does not matter")
     parser.add_argument("--planned", metavar="N", type=int, help="evaluated versions that the run will have")
-    parser.add_argument("--kl-budget", metavar="NATS", type=float, help="headroom: the gain up to this KL")
-    parser.add_argument("--version-budget", metavar="V", type=int, help="headroom: the gain up to this version")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of user errors too")
     parser.set_defaults(command=command, overrides=[])
     return parser
+
+
+def _budget_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--detect", metavar="DROP", type=float, required=True, help="the drop that is to be found")
+    parser.add_argument("--power", metavar="P", type=float, default=0.8, help="how surely; default: .8")
+    parser.add_argument("--base-rate", metavar="P", type=float, default=0.5, help="share of runs that fall; default .5")
+    within = "share of the run that may pass before a fall is seen; default: .35"
+    parser.add_argument("--within", metavar="P", type=float, default=0.35, help=within)
+    parser.add_argument("--prompts", metavar="N", type=int, help="behind each mean, where a table has no scores")
 
 
 def _command(
@@ -273,6 +286,16 @@ def _report(args: argparse.Namespace) -> None:
     if args.output or not args.text:
         drawn = pictures(view)
         print(report.write(Path(args.output or report.folder_of(view.name)), page(view, drawn), drawn))
+
+
+def _budget(args: argparse.Namespace) -> None:
+    from cluster import budget
+    from trainers.sources import read
+
+    columns, settings = _asked(args)
+    run = read(args.source, columns, args.tracking_uri)
+    asked = budget.Asked(drop=args.detect, base_rate=args.base_rate, within=args.within, prompts=args.prompts)
+    print(budget.text(budget.plan(run, asked, replace(settings, power=args.power))))
 
 
 def _compare(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from trainers.measured import Columns, MeasuredRun
 from trainers.mismatch import Correlation, Curve, Settings
 from trainers.mismatch.early import Early
 from trainers.mismatch.findings import Findings, to_json
+from trainers.mismatch.gap import Ratio
 from trainers.mismatch.headroom import Headroom
 from trainers.mismatch.selection import Selected
 from trainers.rundir import content_hash
@@ -115,6 +116,7 @@ def page(run: MeasuredRun, findings: Findings) -> str:
     rows += [(f"also {a.evaluation}", "fallen" if a.fallen else "not shown to have fallen") for a in verdict.others]
     rows += [(curve.name, _latest(curve)) for curve in (findings.series.reward, *findings.series.evaluations)]
     rows += [("correlation", text) for text in _correlations(findings.correlations)]
+    rows += [("gap", _gap(findings)), ("length", _ratio(findings.length, findings.length.name))]
     rows += [(f"early: {one.kind}", _early(one)) for one in findings.early]
     rows += [("note", reason) for reason in findings.reasons]
     width = max(len(label) for label, _ in rows)
@@ -135,6 +137,15 @@ def _headroom(headroom: Headroom) -> str:
     bound = {"at least": headroom.low, "at most": headroom.high}.get(headroom.answer)
     number = "" if bound is None else f" {bound:+.3g}"
     return f"{headroom.answer}{number}: {headroom.estimand}"
+
+
+def _gap(findings: Findings) -> str:
+    reward, gold = findings.series.reward.name, findings.series.primary.name
+    return _ratio(findings.gap, f"1, {gold} gains in step with {reward}; below 0, it loses")
+
+
+def _ratio(one: Ratio, of: str) -> str:
+    return "not enough" if one.value is None else f"{one.value:+.2f} [{one.low:+.2f}, {one.high:+.2f}]: {of}"
 
 
 def _early(one: Early) -> str:

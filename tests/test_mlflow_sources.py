@@ -176,6 +176,12 @@ def test_reports_and_comparisons_of_runs_in_mlflow(
     assert main(["compare", "--experiment", "trl", "--eval", TRL_EVAL]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("again #1", "again #2", "grpo", "3 parted"))
+    assert main(["compare", "run", "mlflow:mine", "--output", "both"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("mine #1", "mine #2", "2 broken")) and "WARNING" not in printed
+    assert "2 runs, 1 recipe" in Parsed(Path("both/comparison.html").read_text(encoding="utf-8")).text
+    assert main(["budget", "mlflow:mine", "--detect", "0.2", "--planned", "10"]) == 0
+    assert "10 evaluations of" in capsys.readouterr().out
 
 
 def foreign(path: Path) -> None:

@@ -244,7 +244,7 @@ def test_each_field_is_documented(here: Path, capsys: pytest.CaptureFixture[str]
     fields = [*found, *(f"alarms.{key}" for key in found["alarms"][0])]
     fields += [f"alarms.falls.{key}" for key in found["alarms"][0]["falls"][0]]
     fields += [f"correlations.{key}" for key in found["correlations"][0]]
-    fields += [f"{part}.{key}" for part in ("chosen_value", "headroom") for key in found[part]]
+    fields += [f"{part}.{key}" for part in ("chosen_value", "headroom", "proxy_gold_gap") for key in found[part]]
     fields += [f"rivals.{key}" for key in found["rivals"][0]]
     fields += [f"early_warnings.{key}" for key in found["early_warnings"][0]]
     assert sorted(rows) == sorted(fields)

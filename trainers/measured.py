@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+
 from configs.errors import UserError
-from trainers.mismatch import Curve, Final, Series, from_means, from_records, from_table
+from trainers.mismatch import Answers, Curve, Final, Series, from_means, from_records, from_table
 from trainers.mismatch.alarm import FEWEST
 from trainers.mismatch.sources import Table, is_scores
 from trainers.rundir import content_hash
@@ -35,6 +37,7 @@ EARLY: Mapping[str, Kind] = {
 }
 # Metrics that describe answers, or are the proxy itself: more of them is not better.
 NOT_QUALITY = ("length", "words", "repetition", "distinct", "refusal", "reward")
+PROXY = "reward"  # a metric of this name scores what the policy is trained on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +70,8 @@ class MeasuredRun:
     params: Mapping[str, str] = field(default_factory=dict)  # "algorithm.kl.coefficient": "0.02"; secrets are masked
     evaluation_hash: str | None = None  # equal: evaluated in the same way on the same prompts; None: not known
     early_warnings: tuple[EarlyWarning, ...] = ()
+    answers: Answers | None = None  # reward and length of the same prompts, where both were scored
+    prompt_seconds: float | None = None  # that the evaluator took for one prompt; None: not known
     # version -> samples of the primary evaluation's task: prompt, completion, and each metric's score by its name
     samples: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     final: Final | None = None  # what was evaluated when training ended, by the primary evaluation
@@ -141,6 +146,7 @@ def from_columns(name: str, source: str, table: Table, columns: Columns, chosen:
             for column, kind in early_columns([*table]).items()
             if column not in chosen.evaluations
         ),
+        answers=_listed_answers(table, chosen, versions),
         notes=_notes(columns, chosen),
     )
 
@@ -190,6 +196,8 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
         early_warnings=tuple(
             EarlyWarning(kind=kind, curve=curves[key]) for key, kind in kinds.items() if key not in chosen.evaluations
         ),
+        answers=_answers(logged.records, first.rpartition("/")[0]),
+        prompt_seconds=_prompt_seconds(logged),
         samples=_samples(logged.records, task=first.rpartition("/")[0]),
         final=final,
         seconds=math.fsum(value for _, value in logged.metrics.get("time/step", ())),
@@ -299,3 +307,59 @@ def _evaluation_hash(logged: Logged) -> str | None:
 
 def _samples(records: Mapping[int, Sequence[Evaluation]], task: str) -> dict[int, Sequence[Mapping[str, Any]]]:
     return {version: r.samples for version, results in sorted(records.items()) for r in results if r.task == task}
+
+
+def _answers(records: Mapping[int, Sequence[Evaluation]], primary: str) -> Answers | None:
+    """Return reward and length of a task that scores both by these names: the primary evaluation's, or the first."""
+    found: dict[str, list[Evaluation]] = {}
+    for _, results in sorted(records.items()):
+        for result in results:
+            if PROXY in result.scores and _length(result.scores) is not None:
+                found.setdefault(result.task, []).append(result)
+    if not found:
+        return None
+    task = min(found, key=lambda name: name != primary)
+    first, length = found[task][0], _length(found[task][0].scores) or ""
+    same = [one for one in found[task] if one.prompt_uids == first.prompt_uids and length in one.scores]
+    rewards, lengths = (np.stack([one.scores[name].astype(np.float64) for one in same]) for name in (PROXY, length))
+    return Answers(
+        reward=f"{task}/{PROXY}",
+        length=f"{task}/{length}",
+        versions=np.array([one.version for one in same]),
+        rewards=rewards,
+        lengths=lengths,
+    )
+
+
+def _listed_answers(table: Table, chosen: Columns, versions: Sequence[int]) -> Answers | None:
+    """The same from a table whose reward and length are lists of scores."""
+    reward, length = chosen.reward or "", _length([name for name in table if name not in chosen.evaluations])
+    if length is None:
+        return None
+    rows = zip(versions, table[reward], table[length], strict=True)
+    listed = [(at, r, n) for at, r, n in rows if is_scores(r) and is_scores(n) and len(r) == len(n)]
+    if not listed:
+        return None
+    return Answers(
+        reward=reward,
+        length=length,
+        versions=np.array([version for version, _, _ in listed]),
+        rewards=np.array([[_mean(score) for score in cell] for _, cell, _ in listed]),
+        lengths=np.array([[_mean(score) for score in cell] for _, _, cell in listed]),
+    )
+
+
+def _length(names: Iterable[str]) -> str | None:
+    return next((name for name, kind in early_columns([*names]).items() if kind == "length"), None)
+
+
+def _prompt_seconds(logged: Logged) -> float | None:
+    """Divide the time of the evaluations that had ended by the last step by their prompts, of all tasks alike.
+
+    The evaluator's time is logged when an evaluation has ended, so each reading above 0 is one evaluation.
+    """
+    points = (of for key, of in logged.metrics.items() if key.startswith("time/evaluator") and key.endswith("_busy"))
+    busy = [seconds for of in points for _, seconds in of if seconds > 0]
+    evaluated = sorted(logged.records)[: len(busy)]
+    prompts = sum(len(result.prompt_uids) for version in evaluated for result in logged.records[version])
+    return math.fsum(busy) / prompts if prompts else None

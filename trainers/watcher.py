@@ -50,6 +50,7 @@ def judge_run(
         final=run.final,
         notes=run.notes,
         early=early,
+        answers=run.answers,
     )
 
 

@@ -21,6 +21,7 @@ from cluster.report.view import (
     measured,
     notes,
     percent,
+    ratios,
     size,
     take,
 )
@@ -44,6 +45,8 @@ def page(view: View, pictures: Sequence[Picture]) -> str:
         element("h2", "Correlations"),
         figures(one for one in pictures if one.about == "correlations"),
         _correlations(view),
+        element("h2", "Gap and length"),
+        _ratios(view),
         *_warnings(view, [one for one in pictures if one.about == "warnings"]),
         *_samples(view),
         element("h2", "What was measured"),
@@ -132,6 +135,15 @@ def _correlations(view: View) -> Element:
         "nothing about other runs."
     )
     return table(caption, ("pair", "versions", "Pearson", "Spearman", "Kendall"), rows)
+
+
+def _ratios(view: View) -> Element:
+    caption = (
+        "The gap: how much of the evaluation was gained with the reward. 1: the two gained in step; 0: what the "
+        "reward gained brought nothing; below 0: it cost. Length: the part of the reward's rise that goes with longer "
+        f"answers. {percent(view.findings.gap.level)} intervals."
+    )
+    return table(caption, ("what", "versions", "value", "which is"), ratios(view))
 
 
 def _warnings(view: View, pictures: Sequence[Picture]) -> Iterator[Element]:

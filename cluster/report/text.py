@@ -19,6 +19,7 @@ from cluster.report.view import (
     headroom,
     measured,
     notes,
+    ratios,
     size,
     take,
 )
@@ -52,6 +53,8 @@ def text(view: View) -> str:
     lines += ["", *aligned([("rule", "version", view.series.primary.name), *rows])]
     pairs = [(f"{one.x} with {one.y}", one.kind, str(one.n), coefficient(one)) for one in view.findings.correlations]
     lines += ["", *aligned([("correlation", "", "versions", "of the true values, 95 % interval"), *pairs])]
+    rows = [(name, versions, value) for name, versions, value, _ in ratios(view)]
+    lines += ["", *aligned([("gap and length", "versions", "of the true values, 95 % interval"), *rows])]
     if view.warnings:
         rows = [(one.curve.name, one.says, one.error_rate) for one in view.warnings]
         lines += ["", *aligned([("early warning", "says", "how often it is wrong"), *rows], left=3)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from trainers.mismatch import Alarm, Correlation, Curve, Estimate, Findings, Selected, Series, State, Verdict
+from trainers.mismatch import Alarm, Correlation, Curve, Estimate, Findings, Ratio, Selected, Series, State, Verdict
 
 UNKNOWN = "not known"
 CHOSEN = "chosen: best of the smoothed curve"
@@ -198,9 +198,10 @@ def headroom(view: View) -> tuple[str, str, str]:
 
 
 def notes(view: View) -> list[str]:
-    """Return the reasons of what is not said, but for those that stand beside the chosen version and the headroom."""
+    """Return the reasons of what is not said, but for those that stand in the place of a number."""
     chosen, room = view.chosen, view.findings.headroom
-    beside = (f"chosen version: {chosen.not_enough or chosen.note}", f"headroom: {room.reason}")
+    unsaid = [f"{one.name}: {one.not_enough}" for one in (view.findings.gap, view.findings.length)]
+    beside = (f"chosen version: {chosen.not_enough or chosen.note}", f"headroom: {room.reason}", *unsaid)
     return [reason for reason in view.findings.reasons if reason not in beside]
 
 
@@ -209,6 +210,16 @@ def coefficient(one: Correlation) -> str:
     if one.estimate is None or one.low is None or one.high is None:
         return one.not_enough or "not enough"
     return f"{one.estimate:+.2f} [{one.low:+.2f}, {one.high:+.2f}]"
+
+
+def ratio(one: Ratio) -> str:
+    """Return a ratio with its interval, or why there is none."""
+    return one.not_enough or interval(one.value, one.low, one.high)
+
+
+def ratios(view: View) -> list[tuple[str, ...]]:
+    """Return rows (name, versions, value, what it is) of the gap and of length's share."""
+    return [(one.name, str(one.n), ratio(one), one.estimand) for one in (view.findings.gap, view.findings.length)]
 
 
 def band(curve: Curve) -> tuple[NDArray[np.float64], NDArray[np.float64]] | None:

@@ -7,11 +7,11 @@ print(verdict.state, verdict.since_version, verdict.primary.minimum_detectable_d
 """
 
 from trainers.mismatch.alarm import Alarm, Fall, Settings, State, Verdict, judge
-from trainers.mismatch.budget import Budget, Option, Wanted, evaluation_budget
+from trainers.mismatch.budget import Budget, Option, Scatter, Wanted, evaluation_budget, scatter
 from trainers.mismatch.correlation import Correlation, between, correlate
 from trainers.mismatch.early import Early, warn
 from trainers.mismatch.findings import Findings, find, to_json
-from trainers.mismatch.gap import length_share, length_share_of_prompts, proxy_gold_gap
+from trainers.mismatch.gap import Answers, Ratio, length_share, length_share_of_prompts, proxy_gold_gap, share_of_length
 from trainers.mismatch.headroom import Forecast, Headroom, crps, crps_normal, forecast, headroom_within
 from trainers.mismatch.paths import Law, fit_law
 from trainers.mismatch.selection import (
@@ -31,6 +31,7 @@ from trainers.mismatch.sources import from_records, from_table
 
 __all__ = [
     "Alarm",
+    "Answers",
     "Budget",
     "Choice",
     "Correlation",
@@ -44,7 +45,9 @@ __all__ = [
     "Headroom",
     "Law",
     "Option",
+    "Ratio",
     "Rival",
+    "Scatter",
     "Selected",
     "Series",
     "Settings",
@@ -72,6 +75,8 @@ __all__ = [
     "proxy_gold_gap",
     "report",
     "rivals",
+    "scatter",
+    "share_of_length",
     "shortlist",
     "to_json",
     "warn",

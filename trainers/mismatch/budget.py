@@ -8,12 +8,13 @@ import numpy as np
 from configs.errors import UserError
 from trainers.mismatch import scan
 from trainers.mismatch.alarm import Settings, detectable_drop, margin_by_look
-from trainers.mismatch.series import Array
+from trainers.mismatch.series import Array, Curve
 
 HELD = 3  # evaluations after the fall, as in the alarm's minimum detectable drop
 FEWEST_PROMPTS = 30  # of fewer, a mean of scores is not nearly normal
 MOST_PROMPTS = 10**9
 EVALUATIONS = (6, 10, 20, 50)
+MOST_CORRELATED = 0.99  # of two versions: that they answer alike is no plan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +77,43 @@ class Budget:
     false_alarm_rate: float  # most per run without a fall
     alarm_is_real: float  # least probability that a run with an alarm fell, at the base rate
     not_enough: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scatter:
+    """How the scores of one evaluation scattered in a run that was measured."""
+
+    score_sd: float  # standard deviation of the scores of single prompts, in the evaluation's unit
+    correlation: float  # of one prompt's scores at two versions, from 0 on
+    prompts: int
+    versions: int
+
+
+def scatter(curve: Curve, prompts: int | None = None) -> Scatter:
+    """Read off a curve (n,) how its scores scatter between prompts, and how much of that two versions share.
+
+    From the covariance of its means: the mean variance, times the prompts, and the mean covariance of two versions over
+    it; 0 where the versions' errors are independent or there is but one. `prompts` behind each mean, where the curve
+    does not know them. Raises UserError where the errors or the prompts are not known, and where no score differs.
+    """
+    if curve.covariance is None:
+        raise UserError(f"{curve.name} has no standard error: give {curve.name}_se or per-prompt scores")
+    prompts = curve.prompts if curve.prompts is not None else prompts
+    if prompts is None:
+        raise UserError(f"how many prompts stand behind {curve.name}_se is not known: give --prompts, or their scores")
+    if prompts < 1:
+        raise UserError(f"--prompts {prompts}: it must be 1 or more")
+    points, total = len(curve.versions), float(curve.covariance.sum())
+    variance = float(curve.covariance.trace()) / max(points, 1)
+    if variance <= 0:
+        raise UserError(f"all prompts of {curve.name} score the same at every version: nothing is known of its scatter")
+    shared = (total / points - variance) / (points - 1) if points > 1 else 0.0
+    return Scatter(
+        score_sd=float(np.sqrt(variance * prompts)),
+        correlation=float(np.clip(shared / variance, 0, MOST_CORRELATED)),
+        prompts=prompts,
+        versions=points,
+    )
 
 
 def evaluation_budget(

@@ -9,6 +9,7 @@ from configs.errors import UserError
 from trainers.mismatch.alarm import Alarm, Settings, Verdict, judge
 from trainers.mismatch.correlation import Correlation, correlate
 from trainers.mismatch.early import Early, warn
+from trainers.mismatch.gap import Answers, Ratio, proxy_gold_gap, share_of_length
 from trainers.mismatch.headroom import Headroom, headroom_within
 from trainers.mismatch.selection import Estimate, Final, Rival, Selected, choose, report, rivals
 from trainers.mismatch.series import Curve, Series
@@ -23,6 +24,8 @@ class Findings:
     selected: Selected  # its source says whether anything was evaluated again for it
     rivals: tuple[Rival, ...]  # what simpler rules would have chosen
     headroom: Headroom
+    gap: Ratio  # of reward and primary evaluation, since the first version
+    length: Ratio  # its share of the rise of the reward
     correlations: tuple[Correlation, ...]  # over the whole run: reward and KL with each evaluation
     reasons: tuple[str, ...]  # why something is not said, and what was left out or assumed
     early: tuple[Early, ...] = ()  # warnings that need no evaluation, apart from the state
@@ -37,13 +40,15 @@ def find(
     final: Final | None = None,
     notes: tuple[str, ...] = (),
     early: Sequence[tuple[str, Curve]] = (),
+    answers: Answers | None = None,
 ) -> Findings:
     """Ask every part of the instrument about one run.
 
     The headroom is that within `kl_budget` (nats) or up to `version_budget`; of neither, up to half as many versions
     again as lie behind. `final`: what was evaluated after the primary evaluation's curve, to choose a version and to
     value it; without it both come from the curve. `notes` are the reader's and come last among the reasons. `early` are
-    the kinds and curves of what may move before an evaluation does. Raises UserError as the parts do.
+    the kinds and curves of what may move before an evaluation does; the first of kind "length" is the length that the
+    reward may have bought, unless `answers` holds that of single prompts. Raises UserError as the parts do.
     """
     settings = settings or Settings()
     if kl_budget is not None and version_budget is not None:
@@ -57,11 +62,14 @@ def find(
     selected = report(choose(series.primary, again), untouched)
     headroom = headroom_within(series, kl=kl_budget, version=version_budget)
     correlations = correlate(series)
+    gap = proxy_gold_gap(series)
+    length = share_of_length(series, answers, next((curve for kind, curve in early if kind == "length"), None))
     reasons = [
         *verdict.reasons,
         *_reasons("chosen version", selected.not_enough, selected.note),
         *_reasons("headroom", headroom.reason, *(note for note in headroom.notes if note not in series.primary.notes)),
         *(f"correlation of {one.x} and {one.y}: {one.not_enough}" for one in correlations if one.not_enough),
+        *(f"{one.name}: {one.not_enough}" for one in (gap, length) if one.not_enough),
         *notes,
     ]
     return Findings(
@@ -70,6 +78,8 @@ def find(
         selected=selected,
         rivals=rivals(series, kl_budget=kl_budget, fresh=untouched),
         headroom=headroom,
+        gap=gap,
+        length=length,
         correlations=correlations,
         reasons=tuple(dict.fromkeys(reasons)),
         early=warn(
@@ -107,6 +117,8 @@ def to_json(findings: Findings) -> dict[str, Any]:
         },
         "false_alarm_rate": verdict.false_alarm_rate,
         "minimum_detectable_drop": verdict.primary.minimum_detectable_drop,
+        "proxy_gold_gap": asdict(findings.gap),
+        "length_share": asdict(findings.length),
         "alarms": [_alarm(alarm) for alarm in (verdict.primary, *verdict.others)],
         "correlations": [asdict(one) for one in findings.correlations],
         "early_warnings": [_early(one) for one in findings.early],

@@ -1,16 +1,20 @@
 """How far reward and evaluation are apart since the base, and what part of the reward's rise is length."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
 
 from configs.errors import UserError
-from trainers.mismatch.series import Array, Curve, Series, symmetric_root
+from trainers.mismatch.series import Array, Curve, Integers, Series, complete, symmetric_root
 
 FEWEST = 5  # versions
 LEAST_RELIABILITY = 0.3  # share of what was seen that is not measurement error
+NEEDED = (
+    "score reward and length of the same prompts (in a recipe: scorers of these names in one evaluation task), or give "
+    "a column length and the standard errors of the reward"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +29,22 @@ class Ratio:
     level: float
     n: int  # versions
     not_enough: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answers:
+    """Reward and length of the answers to the same N prompts at n versions. Raises UserError for shapes that differ."""
+
+    reward: str  # their names
+    length: str
+    versions: Integers  # (n,) increasing
+    rewards: Array  # (n, N); NaN: undefined
+    lengths: Array  # (n, N)
+
+    def __post_init__(self) -> None:
+        shapes = f"rewards {self.rewards.shape} and lengths {self.lengths.shape}"
+        if self.rewards.shape != self.lengths.shape or len(self.rewards) != len(self.versions):
+            raise UserError(f"{shapes} must both be {len(self.versions)} versions by prompts")
 
 
 def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 300, seed: int = 0) -> Ratio:
@@ -46,8 +66,7 @@ def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 300, see
     )
     if n < FEWEST:
         return _nothing(name, estimand, level, n, f"not enough: {n} versions have both, {FEWEST} are needed")
-    exact = [curve.name for curve in (reward, gold) if curve.covariance is None]
-    estimand += f"; {' and '.join(exact)} taken as exact: no standard error" if exact else ""
+    estimand += _exact(reward, gold)
     since = np.concatenate([-np.ones((n - 1, 1)), np.eye(n - 1)], 1)
     gains = [since @ curve.at(joint).mean for curve in (reward, gold)]
     errors = [_errors(curve.at(joint), since) for curve in (reward, gold)]
@@ -74,6 +93,33 @@ def proxy_gold_gap(series: Series, *, level: float = 0.95, draws: int = 300, see
     return Ratio(name=name, estimand=estimand, value=value, low=low, high=high, level=level, n=n, not_enough=None)
 
 
+def share_of_length(series: Series, answers: Answers | None, length: Curve | None, *, level: float = 0.95) -> Ratio:
+    """Return the part of the reward's rise that length explains, from the best of what is known of the run.
+
+    Reward and length of the same prompts (`length_share_of_prompts`), where prompts that are undefined at some version
+    are left out; else the curves of both (`length_share`), where the reward's errors are known.
+    """
+    if answers is not None:
+        both = answers.rewards + answers.lengths
+        kept, columns, _ = complete(answers.versions, np.where(np.isfinite(both), both, np.nan))
+        share = length_share_of_prompts(
+            answers.versions[kept].tolist(),
+            answers.rewards[np.ix_(kept, columns)],
+            answers.lengths[np.ix_(kept, columns)],
+            level=level,
+        )
+        return replace(share, name=f"share of {answers.length} in {answers.reward}")
+    if length is None:
+        why = "no length is known"
+    elif series.reward.covariance is None:
+        why = f"{series.reward.name} has no standard error"
+    else:
+        return length_share(series, length, level=level)
+    name = f"share of length in {series.reward.name}"
+    estimand = "the part of the reward's rise that length explains"
+    return _nothing(name, estimand, level, 0, f"not enough: {why}; {NEEDED}")
+
+
 def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Ratio:
     """Return the part of the reward's rise that a curve of mean lengths explains.
 
@@ -91,6 +137,7 @@ def length_share(series: Series, length: Curve, *, level: float = 0.95) -> Ratio
         f"slope of the changes of {reward.name} on those of {length.name} between versions, beyond their mean, times "
         f"the rise of {length.name} over the rise of {reward.name}"
     )
+    estimand += _exact(reward, length)
     if n < FEWEST + 1:
         return _nothing(name, estimand, level, n, f"not enough: {n} versions have both, {FEWEST + 1} are needed")
     steps = np.diff(np.eye(n), axis=0)
@@ -158,12 +205,12 @@ def length_share_of_prompts(
     if n < 2 or prompts < 10:
         why = f"not enough: {n} versions and {prompts} prompts, 2 and 10 are needed"
         return _nothing(name, estimand, level, n, why)
-    rng = np.random.default_rng(seed)
-    rows = np.concatenate([np.arange(prompts)[None], rng.integers(0, prompts, (draws, prompts))])
-    rise = (rewards[-1] - rewards[0])[rows].mean(1)
+    drawn = np.random.default_rng(seed).integers(0, prompts, (draws, prompts))
+    counts = np.stack([np.ones(prompts), *(np.bincount(row, minlength=prompts) for row in drawn)])
+    rise = counts @ (rewards[-1] - rewards[0]) / prompts
     if not _clear(float(rise[0]), float(rise[1:].std())):
         return _nothing(name, estimand, level, n, "not enough: the reward did not clearly rise")
-    shares = np.array([_share(rewards[:, row], lengths[:, row]) for row in rows])
+    shares = _slopes(rewards, lengths, counts) * (counts @ (lengths[-1] - lengths[0]) / prompts) / rise
     if not np.all(np.isfinite(shares)):
         return _nothing(name, estimand, level, n, "not enough: the lengths do not vary within prompts and versions")
     low, high = np.quantile(shares[1:], [(1 - level) / 2, (1 + level) / 2])
@@ -179,18 +226,28 @@ def length_share_of_prompts(
     )
 
 
-def _share(rewards: Array, lengths: Array) -> float:
+def _slopes(rewards: Array, lengths: Array, counts: Array) -> Array:
+    """Slopes (S,) of rewards on lengths (n, N) within prompts and versions, each prompt taken `counts` (S, N) times.
+
+    Means of prompts do not depend on the counts; what a resample adds to those of versions is taken from the sums of
+    squares and products. NaN where the lengths do not vary.
+    """
     x, y = (z - z.mean(0) - z.mean(1, keepdims=True) + z.mean() for z in (lengths, rewards))
-    size = float(np.sum(x * x))
-    if size <= 1e-18 * float(np.sum(lengths * lengths)):
-        return float("nan")
-    change = float(lengths[-1].mean() - lengths[0].mean())
-    return float(np.sum(x * y)) / size * change / float(rewards[-1].mean() - rewards[0].mean())
+    added, prompts = [counts @ z.T for z in (x, y)], lengths.shape[1]
+    size = counts @ (x * x).sum(0) - (added[0] ** 2).sum(1) / prompts
+    product = counts @ (x * y).sum(0) - (added[0] * added[1]).sum(1) / prompts
+    varies = size > 1e-18 * (counts @ (lengths * lengths).sum(0))
+    return np.asarray(np.where(varies, product / np.where(varies, size, 1), np.nan))
 
 
 def _clear(rise: float, se: float) -> bool:
     """Whether a denominator is far enough from 0: a ratio over less has no moments worth an interval."""
     return rise > 0 and rise > 3 * se
+
+
+def _exact(*curves: Curve) -> str:
+    names = [curve.name for curve in curves if curve.covariance is None]
+    return f"; {' and '.join(names)} taken as exact: no standard error" if names else ""
 
 
 def _errors(curve: Curve, weights: Array) -> Array:
