@@ -17,10 +17,11 @@ from configs.load import load
 from configs.schema import Data, Reward, RewardComponent
 from configs.validate import validate
 from trainers.types import DataError, Group, Prompt, Rollout
-from trainers.verify import Checker, gsm8k, gsm8k_gold, math, math_gold
+from trainers.verify import Checker, gsm8k, gsm8k_gold, marked, math, math_gold
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared/data"
+RIGHT = r"\boxed{1}"
 TOWER = r"\boxed{9^{9^{9^{9^{9}}}}}"
 
 
@@ -39,10 +40,11 @@ def checker() -> Iterator[Checker]:
         ("#### 1080.00 dollars", True),
         ("The answer is 1080.", True),
         (r"So it is \boxed{1080}.", True),
-        ("She pays $20 and $1060, so together $1080", True),
+        ("She pays $20 and $1060, so the answer is $1080", True),
         ("#### 1080\nQuestion: how many are 2 and 3?", True),
         ("#### 7\nNo, again:\n#### 1080", True),
         ("#### 108", False),
+        ("Each of the games is worth 1080", False),  # no final answer, perhaps cut off
         ("1080 at first, then #### 5", False),
         ("1080 at first, but 5 in the end", False),
         ("#### none", False),
@@ -57,7 +59,8 @@ def test_gsm8k_compares_the_final_number(completion: str, right: bool) -> None:
 @pytest.mark.parametrize(
     ("solution", "completion", "right"),
     [
-        (r"Hence $\boxed{\frac{1}{2}}$.", r"It is $\frac{2}{4}$", True),
+        (r"Hence $\boxed{\frac{1}{2}}$.", r"The answer is $\frac{2}{4}$", True),
+        (r"Hence $\boxed{\frac{1}{2}}$.", r"It is $\frac{2}{4}$", False),
         (r"Hence $\boxed{\frac{1}{2}}$.", r"\boxed{0.5}", True),
         (r"Hence $\boxed{\frac{1}{2}}$.", r"\boxed{0.6}", False),
         (r"$\boxed{\sqrt{8}}$", r"$$\boxed{2\sqrt{2}}$$", True),
@@ -70,6 +73,10 @@ def test_gsm8k_compares_the_final_number(completion: str, right: bool) -> None:
 )
 def test_math_compares_expressions(solution: str, completion: str, right: bool) -> None:
     assert math("", completion, {"problem": "p", "solution": solution}) == right
+
+
+def test_marked_is_about_the_form_alone() -> None:
+    assert [marked("", text, {}) for text in ("so\n#### 7", "#### ", "7")] == [1, 0, 0]
 
 
 def test_gold_answers_are_taken_from_the_published_fields() -> None:
@@ -99,22 +106,22 @@ def test_a_comparison_that_hangs_is_not_equal_said_once_and_the_next_one_works(
         assert not checker.same("1", TOWER)
     [line] = caplog.messages
     assert "over 1 s of CPU" in line and "9^{9^" in line
-    assert checker.same("1", "1") and not checker.same("1", "2")
+    assert checker.same("1", RIGHT) and not checker.same("1", r"\boxed{2}")
 
 
 def test_a_gold_answer_that_cannot_be_read_is_an_error_of_one_line(checker: Checker) -> None:
     with pytest.raises(ValueError, match="cannot read the gold answer ''") as error:
-        checker.same("", "1")
+        checker.same("", RIGHT)
     assert "\n" not in str(error.value)
-    assert checker.same("1", "1")
+    assert checker.same("1", RIGHT)
 
 
 def test_a_child_that_dies_is_an_error_and_is_replaced(checker: Checker) -> None:
-    assert checker.same("1", "1") and checker._child is not None
+    assert checker.same("1", RIGHT) and checker._child is not None
     checker._child.kill()
     with pytest.raises(RuntimeError, match="runs math-verify ended with code -9"):
-        checker.same("1", "1")
-    assert checker.same("1", "1")
+        checker.same("1", RIGHT)
+    assert checker.same("1", RIGHT)
 
 
 def rollout(uid: str, text: str) -> Rollout:
@@ -139,7 +146,8 @@ def group(raw: dict[str, Any], *texts: str) -> Group:
 def test_a_group_is_scored_as_a_run_scores_it() -> None:
     spec = RewardComponent(name="correct", function="trainers.verify:gsm8k", weight=2)
     actor = RewardActor(Reward(components=[spec]))
-    scored = asyncio.run(actor.score(group({"question": "6 * 7?", "answer": "#### 42"}, "#### 42", "41", "It is 42.")))
+    answered = group({"question": "6 * 7?", "answer": "#### 42"}, "#### 42", "#### 41", "The answer is 42.")
+    scored = asyncio.run(actor.score(answered))
     assert [(one["rewards"]["correct"], one["reward"]) for one in scored] == [(1, 2), (0, 0), (1, 2)]
     broken = group({"question": "6 * 7?", "answer": "####"}, "42")
     with pytest.raises(DataError, match=r"'correct', sample p-0: trainers.verify:gsm8k raised ValueError: the row"):
@@ -155,7 +163,7 @@ def test_published_answers_of_gsm8k_equal_themselves_and_the_recipe_takes_the_fi
     assert len(rows) == 1319
     for row in rows[::20]:
         assert gsm8k("", row["answer"], row) == 1
-        assert gsm8k("", f"It is {float(gsm8k_gold(row)) + 1:.0f}.", row) == 0
+        assert gsm8k("", f"The answer is {float(gsm8k_gold(row)) + 1:.0f}.", row) == 0
     local = (f"data.path={SHARED}/gsm8k_train.jsonl.gz", f"evaluation.tasks.0.data.path={SHARED}/gsm8k_test.jsonl.gz")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)  # the model is not looked for
     assert validate(load(ROOT / "configs/gsm8k.yaml", [*local, "ray.address=auto"]), "train") == []

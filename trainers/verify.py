@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -37,7 +38,7 @@ class Checker:
         self._child: subprocess.Popen[str] | None = None
 
     def same(self, gold: str, answer: str) -> bool:
-        r"""Whether the final answer in the text `answer` equals `gold`, LaTeX without delimiters.
+        """Whether `answer` has a final answer, boxed or after the word answer, that equals `gold` (bare LaTeX).
 
         False, with a warning in the log, if that is not known in time. Raises ValueError for a gold answer that
         math-verify cannot read, RuntimeError if the child fails.
@@ -79,18 +80,24 @@ CHECKER = Checker()
 
 
 def gsm8k(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
-    """Return 1 if the completion ends with the number that GSM8K's `answer` has behind ####, else 0.
+    """Return 1 if the completion's final answer is the number that GSM8K's `answer` has behind ####, else 0.
 
-    Its answer stands behind its own last ####, or else is what math-verify finds: a box, or the last number.
+    A final answer stands behind the last ####, in a box, or after the word answer. A number that only comes last is none:
+    what is cut off at max_tokens would be rewarded by chance.
     """
-    marked = _MARKED.findall(completion)
-    answer = marked[-1] if marked else completion
-    return float(CHECKER.same(gsm8k_gold(row), answer.replace("$", " ")))  # dollars, not LaTeX
+    marks = _MARKED.findall(completion)
+    text = f"The final answer is {marks[-1].lstrip('$ ')}" if marks else completion
+    return float(CHECKER.same(gsm8k_gold(row), text.replace("$", "")))  # dollars, not LaTeX
 
 
 def math(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
-    r"""Return 1 if the completion's final answer equals what MATH's `solution` has in its last \boxed{}, else 0."""
+    """Return 1 if the final answer, boxed or after the word answer, is that of MATH's `solution`, else 0."""
     return float(CHECKER.same(math_gold(row), completion))
+
+
+def marked(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+    """Return 1 if the completion gives an answer behind ####, right or wrong, else 0."""
+    return float(_MARKED.search(completion) is not None)
 
 
 def gsm8k_gold(row: Mapping[str, Any]) -> str:
@@ -124,16 +131,23 @@ def serve(check_s: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it kills, even inside a single operation
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    from math_verify import parse, verify  # noqa: PLC0415  # a second of sympy, in this process only
+    from math_verify import (  # noqa: PLC0415  # a second of sympy, in this process only
+        ExprExtractionConfig,
+        LatexExtractionConfig,
+        parse,
+        verify,
+    )
 
     logging.disable(logging.WARNING)  # that its own time limits are off
-    verify(parse("1", parsing_timeout=None), parse("\\boxed{1}", parsing_timeout=None), timeout_seconds=None)  # warm
+    final = [kind(try_extract_without_anchor=False) for kind in (LatexExtractionConfig, ExprExtractionConfig)]
+    read = partial(parse, extraction_config=final, parsing_timeout=None)
+    verify(read("\\boxed{1}"), read("The answer is 1"), timeout_seconds=None)  # its first use takes longer
     for line in sys.stdin:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, check_s)
-        gold = parse(f"\\boxed{{{asked['gold']}}}", parsing_timeout=None)
+        gold = read(f"\\boxed{{{asked['gold']}}}")
         if gold:
-            answer = parse(asked["answer"], parsing_timeout=None)
+            answer = read(asked["answer"])
             reply: dict[str, Any] = {"same": bool(verify(gold, answer, timeout_seconds=None))}
         else:
             reply = {"error": f"math-verify cannot read the gold answer {asked['gold']!r}"}
