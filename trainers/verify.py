@@ -82,8 +82,8 @@ CHECKER = Checker()
 def gsm8k(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     """Return 1 if the completion's final answer is the number that GSM8K's `answer` has behind ####, else 0.
 
-    A final answer stands behind the last ####, in a box, or after the word answer. A number that only comes last is none:
-    what is cut off at max_tokens would be rewarded by chance.
+    A final answer stands behind the last ####, in a box, or after the word answer. A number that is only the last is
+    none: what is cut off at max_tokens would be rewarded by chance.
     """
     marks = _MARKED.findall(completion)
     text = f"The final answer is {marks[-1].lstrip('$ ')}" if marks else completion
