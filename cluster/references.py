@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from configs.errors import UserError
 from trainers.pins import Pins
 
 
@@ -20,10 +21,16 @@ class References:
     keep_checkpoints: int
 
     def at(self, version: int) -> Path | None:
-        """Return the reference while `version` is trained; None: the recipe's. Forgets what a resume rolled back."""
+        """Return the reference while `version` is trained; None: the recipe's. Forgets what a resume rolled back.
+
+        Raises UserError if it is gone.
+        """
         pins = Pins(self.root)
         pins.forget_after(version)
-        return pins.path(pins.versions()[-1]) if pins.versions() else None
+        due = version // self.every * self.every
+        if due and not pins.path(due).is_dir():
+            raise UserError(f"{pins.path(due)}: the reference of version {version} is gone; put it back, or start anew")
+        return pins.path(due) if due else None
 
     async def follow(
         self, version: int, export: Callable[[str], Awaitable[None]], load: Callable[[str], Awaitable[None]]
@@ -34,6 +41,7 @@ class References:
         pins = Pins(self.root)
         await pins.keep(version, export)
         await load(str(pins.path(version)))
-        oldest = (version // self.checkpoint_every - self.keep_checkpoints + 1) * self.checkpoint_every
+        # The checkpoint of `version` itself is still to be written.
+        oldest = ((version - 1) // self.checkpoint_every - self.keep_checkpoints + 1) * self.checkpoint_every
         needed = [one for one in pins.versions() if one <= oldest][-1:]
         pins.keep_only([*needed, *(one for one in pins.versions() if one > oldest)])

@@ -30,8 +30,7 @@ class AlgorithmFacts:
 
 
 OPTIMUM = "π* ∝ π₀·exp(r/β) over whole completions"
-TOKENWISE = "π(a|s) ∝ π₀(a|s)·exp(E[r|s,a]·(n-1)/(n·β{std})) at every token{note}"
-SELF = "; (n-1)/n because the mean holds the rollout itself"
+TOKENWISE = "π(a|s) ∝ π₀(a|s)·exp(E[A|s,a]/β) at every token, A the advantage of its rollout under this policy"
 NONE = "none inside the simplex: without a KL term the expected gradient leads to the best completions alone"
 PAIRS = {"aggregate": "sequence", "normalise": "none", "off_policy": {"weight": "none"}}
 
@@ -42,7 +41,7 @@ FACTS: dict[str, AlgorithmFacts] = {
             name="grpo",
             needs_group=True,
             kl_where="loss",
-            fixed_point=TOKENWISE.format(std="·std", note="; std of the group" + SELF),
+            fixed_point=TOKENWISE,
             paper="Shao et al. 2024, DeepSeekMath, arXiv:2402.03300",
         ),
         AlgorithmFacts(
@@ -50,7 +49,7 @@ FACTS: dict[str, AlgorithmFacts] = {
             needs_group=True,
             kl_where="loss",
             options={"normalise": "none", "aggregate": "fixed"},
-            fixed_point=TOKENWISE.format(std="", note=SELF),
+            fixed_point=TOKENWISE + ": E[r|s,a]·(n-1)/n, whose mean holds the rollout itself",
             paper="Liu et al. 2025, Understanding R1-Zero-Like Training, arXiv:2503.20783",
         ),
         AlgorithmFacts(
@@ -73,7 +72,7 @@ FACTS: dict[str, AlgorithmFacts] = {
             needs_group=True,
             kl_where="loss",
             options={"normalise": "batch"},
-            fixed_point=TOKENWISE.format(std="·std", note="; std over the batch" + SELF),
+            fixed_point=TOKENWISE + ", in standard deviations of the batch",
             paper="Hu et al. 2025, REINFORCE++, arXiv:2501.03262",
         ),
         AlgorithmFacts(
@@ -111,7 +110,7 @@ FACTS: dict[str, AlgorithmFacts] = {
                 "clip_high": 4e-4,
                 "off_policy": {"level": "geometric"},
             },
-            fixed_point=TOKENWISE.format(std="·std", note=", for equal lengths; std of the group" + SELF),
+            fixed_point=TOKENWISE + ", for equal lengths",
             paper="Zheng et al. 2025, Group Sequence Policy Optimization, arXiv:2507.18071",
         ),
         AlgorithmFacts(
@@ -128,7 +127,8 @@ FACTS: dict[str, AlgorithmFacts] = {
             chooses=True,
             kl_where="none",
             options={"normalise": "none", "off_policy": {"weight": "none"}},
-            fixed_point=NONE + "; with the KL in the reward, π* ∝ π₀·exp(r/β): all are worth the same there",
+            fixed_point=NONE + "; with the KL in the reward, steps that shrink lead towards π* ∝ π₀·exp(r/β), but the "
+            "gradient does not vanish there: whoever is best by a hair is imitated",
             paper="Anthony et al. 2017, Expert Iteration, arXiv:1705.08439; Dong et al. 2023, RAFT, arXiv:2304.06767",
         ),
         AlgorithmFacts(

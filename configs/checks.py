@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal
 
+from configs.algorithms import FACTS
 from configs.errors import UserError
-from configs.schema import EvalScorer, Offline, RewardComponent, SamplingParams
+from configs.schema import Algorithm, EvalScorer, Offline, RewardComponent, SamplingParams
 
 # Fields of vLLM's SamplingParams after which a plain softmax is not what was sampled from.
 RESHAPING = (
@@ -18,6 +19,24 @@ RESHAPING = (
     "repetition_penalty",
 )
 LOSSES = {"sft": (), "reward": ("bradley_terry", "margin", "kwise"), "dpo": ("dpo", "ipo")}
+PER_TOKEN = ("ppo", "reinforce_pp")
+PAIRS = ("online_dpo", "online_ipo")
+SURROGATES = tuple(name for name in FACTS if name not in ("cispo", "rft", *PAIRS))
+READ_BY = {
+    "clip_low": (*SURROGATES, "cispo"),
+    "clip_high": (*SURROGATES, "cispo"),
+    "ratio": (*SURROGATES, "cispo"),
+    "proximal": (*SURROGATES, "cispo"),
+    "off_policy": (*SURROGATES, "cispo"),
+    "normalise": (*SURROGATES, "cispo"),
+    "dual_clip": SURROGATES,
+    "aggregate": (*SURROGATES, "cispo", "rft"),
+    "gamma": PER_TOKEN,
+    "lam": ("ppo",),
+    "value_clip": ("ppo",),
+    "best": ("rft",),
+    "pair_labels": PAIRS,
+}
 DPO_KEYS = ("beta", "label_smoothing", "length_normalisation")
 
 
@@ -55,6 +74,25 @@ def check_loss(key: str, training: Offline, command: Literal["sft", "reward", "d
             raise UserError(f"{key}.{name}: headroom {command} does not read it, headroom dpo does; leave it out")
     if training.loss != "margin" and training.margin_scale != Offline.model_fields["margin_scale"].default:
         raise UserError(f"{key}.margin_scale: it scales what loss margin reads; set {key}.loss=margin, or leave it out")
+
+
+def check_options(algorithm: Algorithm) -> None:
+    """Refuse options of section `algorithm` that this algorithm does not read; its own defaults are never refused."""
+    name, facts = algorithm.name, FACTS[algorithm.name]
+    own = Algorithm.model_validate({"name": name})
+    for key, readers in READ_BY.items():
+        if name not in readers and getattr(algorithm, key) != getattr(own, key):
+            raise UserError(f"algorithm.{key}: {name} does not read it; leave it out")
+    if algorithm.informative_groups and not facts.needs_group:
+        raise UserError(f"algorithm.informative_groups: {name} compares no group; set it to false")
+    if algorithm.ratio == "sequence" and name in PER_TOKEN:
+        raise UserError(f"algorithm.ratio: {name} has an advantage for each token; set algorithm.ratio=token")
+    if algorithm.fixed_length is not None and algorithm.aggregate != "fixed":
+        raise UserError("algorithm.fixed_length: read with algorithm.aggregate=fixed only; set that, or leave it out")
+    if algorithm.kl.target is not None and (algorithm.kl.where == "none" or algorithm.kl.coefficient == 0):
+        raise UserError("algorithm.kl.target: there is no KL term to adapt; set algorithm.kl.where, or leave it out")
+    if algorithm.off_policy.weight == "mask" and algorithm.off_policy.floor > algorithm.off_policy.cap:
+        raise UserError("algorithm.off_policy.floor: above cap, so that all would be masked; lower it")
 
 
 def check_sampled_distribution(sampling: SamplingParams) -> None:

@@ -24,7 +24,7 @@ class KL(Section):
     estimator: Literal["k1", "k2", "k3"] = "k2"
     coefficient: float = Field(0.05, ge=0)
     target: float | None = Field(None, gt=0)
-    """With a target the coefficient adapts (Ziegler et al. 2019, eq. 2)."""
+    """With a target the coefficient adapts (Ziegler et al. 2019, section 2.2)."""
     horizon: int = Field(10_000, ge=1)
 
 
@@ -38,7 +38,7 @@ class OffPolicy(Section):
     cap: float = Field(2.0, gt=0)
     floor: float = Field(0.0, ge=0)
     """For mask."""
-    reject_below: float | None = Field(None, gt=0)
+    reject_below: float | None = Field(None, gt=0, lt=1)
     """A completion with a token whose ratio is below this is not trained on at all, whatever `weight` says."""
 
 
@@ -98,10 +98,12 @@ class Algorithm(Section):
     @classmethod
     def _defaults_of_the_algorithm(cls, given: Any) -> Any:
         """Fill in what the algorithm sets otherwise, and its own place and estimator of the KL term."""
-        facts = FACTS.get(given.get("name", "grpo")) if isinstance(given, dict) else None
+        name = given.get("name", "grpo") if isinstance(given, dict) else None
         kl = given.get("kl", {}) if isinstance(given, dict) else None
-        if facts is None or not isinstance(kl, dict):
+        kl = kl.model_dump(exclude_unset=True) if isinstance(kl, KL) else kl
+        if not isinstance(name, str) or name not in FACTS or not isinstance(kl, dict):
             return given
+        facts = FACTS[name]
         where = kl.get("where", facts.kl_where)
         filled = {"kl": {"where": where, "estimator": "k1" if where == "reward" else "k2"} | kl}
         for key, default in facts.options.items():

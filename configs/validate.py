@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.algorithms import FACTS, check, check_action
-from configs.checks import check_loss, check_sampled_distribution, check_source, check_unique
+from configs.checks import check_loss, check_options, check_sampled_distribution, check_source, check_unique
 from configs.errors import UserError
 from configs.formats import COMPLETIONS, PREFERENCES, parse_rows, refusal
 from configs.machine import check_machine
@@ -81,6 +81,11 @@ def _check_method(recipe: Recipe) -> None:
     )
     if refusal := refusal or check_action(recipe.alarm.action, kl.where, kl.coefficient):
         raise UserError(refusal)
+    check_options(algorithm)
+    if algorithm.name == "rft" and algorithm.best >= sampling.n:
+        raise UserError(f"algorithm.best: {algorithm.best} of {sampling.n} completions would all be imitated; lower it")
+    if recipe.reference.refresh_every is not None and kl.where == "none":
+        raise UserError("reference.refresh_every: algorithm.kl.where=none has no reference; leave it out")
     ranks = math.lcm(recipe.learner.ranks, recipe.critic.ranks if FACTS[algorithm.name].needs_critic else 1)
     rollouts, parts = loop.batch_prompts * sampling.n, algorithm.minibatches * ranks
     if rollouts % parts:

@@ -135,14 +135,35 @@ def expected_gradient(
     )
     algorithm = ALGORITHMS[of.name]
     outputs = algorithm.advantages(inputs if values is not None else with_zero_values(inputs))
-    loss_inputs = LossInputs(
+    proximal = logprobs.detach() if of.proximal == "recompute" else behaviour[rows]
+    loss = algorithm.loss(loss_inputs(of, inputs, outputs.advantages, logprobs, proximal, reference[rows])).loss
+    importance = importance_weights(logprobs.detach(), behaviour[rows], mask, **of.off_policy.model_dump())
+    if of.proximal == "recompute":
+        loss = loss * importance.weights
+    if of.kl.where == "loss":
+        term = of.kl.coefficient * kl_estimate(logprobs, reference[rows], of.kl.estimator)
+        loss = loss + term * importance.weights
+    total = (likely * loss.sum(1)).sum() / size  # of equal lengths: whatever `aggregate` says
+    return -flat(torch.autograd.grad(total, parameters))
+
+
+def loss_inputs(
+    of: schema.Algorithm,
+    inputs: AdvantageInputs,
+    advantages: Tensor,
+    logprobs: Tensor,
+    proximal: Tensor,
+    reference: Tensor,
+) -> LossInputs:
+    """All rows as one micro-batch."""
+    return LossInputs(
         logprobs=logprobs,
-        proximal=logprobs.detach() if of.proximal == "recompute" else behaviour[rows],
-        advantages=outputs.advantages,
-        mask=mask,
+        proximal=proximal,
+        advantages=advantages,
+        mask=inputs.mask,
         rewards=inputs.rewards,
-        groups=groups,
-        reference=reference[rows],
+        groups=inputs.groups,
+        reference=reference,
         beta=of.kl.coefficient,
         clip_low=of.clip_low,
         clip_high=of.clip_high,
@@ -150,13 +171,6 @@ def expected_gradient(
         ratio=of.ratio,
         labels=of.pair_labels,
     )
-    loss = algorithm.loss(loss_inputs).loss
-    if of.kl.where == "loss":
-        loss = loss + of.kl.coefficient * kl_estimate(logprobs, reference[rows], of.kl.estimator)
-    if of.proximal == "recompute":
-        loss = loss * importance_weights(logprobs.detach(), behaviour[rows], mask, **of.off_policy.model_dump()).weights
-    total = (likely * loss.sum(1)).sum() / size  # of equal lengths: whatever `aggregate` says
-    return -flat(torch.autograd.grad(total, parameters))
 
 
 def with_zero_values(inputs: AdvantageInputs) -> AdvantageInputs:

@@ -15,6 +15,8 @@ from torch import Tensor
 from configs import algorithms as facts_of_configs
 from configs import schema
 from configs.algorithms import FACTS, check
+from configs.checks import check_options
+from configs.errors import UserError
 from trainers import algorithms
 from trainers.algorithms import ALGORITHMS, AdvantageInputs, AdvantageOutputs, LossInputs
 
@@ -300,6 +302,37 @@ def test_refused_options_say_what_to_do(name: str, options: dict[str, Any], word
     of = schema.Algorithm.model_validate({"name": name})
     message = check(name, of.kl.where, of.kl.estimator, 4, **options)
     assert message is not None and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("online_dpo", {"clip_low": 0.1}, "algorithm.clip_low: online_dpo does not read it"),
+        ("rft", {"off_policy": {"weight": "truncate"}}, "algorithm.off_policy: rft"),
+        ("cispo", {"dual_clip": 3.0}, "algorithm.dual_clip: cispo"),
+        ("online_ipo", {"aggregate": "token"}, "algorithm.aggregate: online_ipo"),
+        ("grpo", {"gamma": 0.9}, "algorithm.gamma: grpo"),
+        ("reinforce_pp", {"lam": 0.9}, "algorithm.lam: reinforce_pp"),
+        ("rloo", {"best": 2}, "algorithm.best: rloo"),
+        ("grpo", {"pair_labels": "hard"}, "algorithm.pair_labels: grpo"),
+        ("ppo", {"ratio": "sequence"}, "set algorithm.ratio=token"),
+        ("remax", {"informative_groups": True}, "algorithm.informative_groups: remax"),
+        ("grpo", {"fixed_length": 9}, "algorithm.aggregate=fixed"),
+        ("dapo", {"kl": {"target": 1.0}}, "algorithm.kl.target"),
+        ("grpo", {"off_policy": {"weight": "mask", "floor": 3.0}}, "algorithm.off_policy.floor"),
+    ],
+)
+def test_an_option_that_would_be_ignored_is_refused(name: str, options: dict[str, Any], words: str) -> None:
+    check_options(schema.Algorithm.model_validate({"name": name}))
+    with pytest.raises(UserError, match=re.escape(words)):
+        check_options(schema.Algorithm.model_validate({"name": name, **options}))
+
+
+def test_a_kl_section_of_whatever_kind_leaves_the_other_defaults() -> None:
+    of = schema.Algorithm(name="rloo", kl=schema.KL(coefficient=0.3))
+    assert (of.normalise, of.kl.where, of.kl.coefficient) == ("none", "reward", 0.3)
+    with pytest.raises(ValueError, match="name"):
+        schema.Algorithm.model_validate({"name": ["grpo"]})
 
 
 @pytest.mark.parametrize(

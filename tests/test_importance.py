@@ -120,6 +120,20 @@ def test_only_the_weight_of_the_whole_completion_makes_a_stale_gradient_exact(ag
     assert min(errors["token"]) > 1e-3
 
 
+def test_no_weight_corrects_a_kl_term_in_the_reward_for_staleness() -> None:
+    """It is that of the policy which sampled; in the loss the weight of the whole completion is enough."""
+    reference, beta = logprobs_of(random_tables(9)), 0.5
+    now, then = versions(1, 2)
+    exact = exact_gradient(now, REWARDS, reference, beta)
+    whole = {"off_policy": {"level": "sequence", **OPEN}}
+    old = {"size": 2, "sampled_from": logprobs_of(then)}
+    in_reward = expected_gradient(config("rloo", beta, **whole), now, reference, REWARDS, **old)
+    assert (in_reward - exact).norm() > 0.1 * exact.norm()
+    in_loss = config("rloo", beta, kl={"where": "loss", "estimator": "k2"}, **whole)
+    fresh = expected_gradient(in_loss, now, reference, REWARDS, size=2)
+    torch.testing.assert_close(expected_gradient(in_loss, now, reference, REWARDS, **old), fresh, atol=1e-12, rtol=0)
+
+
 def test_the_weight_of_a_token_is_exact_for_completions_of_one_token() -> None:
     now, then = versions(1, 4)
     head = [now[0], *(torch.zeros_like(table) for table in now[1:])]

@@ -14,10 +14,11 @@ from transformers import AutoModelForCausalLM
 from configs.schema import Recipe
 from tests.ranks import random_batch, recipe, tiny_policy
 from trainers.algorithms import ALGORITHMS, LossInputs
+from trainers.critic import Critic
 from trainers.importance import importance_weights
 from trainers.learner import Learner
 from trainers.losses import kl_estimate, token_weights
-from trainers.targets import RewardShaping, minibatches, plan, targets
+from trainers.targets import RewardShaping, Targets, minibatches, plan, targets
 from trainers.types import Batch
 
 OPTIMIZER = {"learning_rate": 1e-3, "eps": 1e-5}  # with a tiny eps the first step is the sign of rounding errors
@@ -61,44 +62,52 @@ def plain_loss(of: Recipe, batch: Batch, model: Any, values: Any) -> Tensor:
     shaping.observe(batch)
     towards = targets(batch, config, config.kl.coefficient, shaping, values)
     rows = sorted(row for unit in towards.units for row in unit)
+    return surrogate_of(of, batch, model, towards, forward(model, batch)[0].detach(), rows)[0]
+
+
+def surrogate_of(
+    of: Recipe, batch: Batch, model: Any, towards: Targets, proximal: Tensor, rows: list[int]
+) -> tuple[Tensor, int]:
+    """The loss of one update on `rows`, and how many tokens it clipped."""
+    config = of.algorithm
     logprobs, entropies = (x[rows] for x in forward(model, batch))
     mask, behaviour, reference = (
         torch.tensor(x[rows]) for x in (batch.mask, batch.behaviour_logprobs, batch.reference_logprobs)
     )
-    loss = (
-        ALGORITHMS[config.name]
-        .loss(
-            LossInputs(
-                logprobs=logprobs,
-                proximal=logprobs.detach() if config.proximal == "recompute" else behaviour,
-                advantages=towards.outputs.advantages[rows],
-                mask=mask,
-                rewards=towards.rewards[rows],
-                groups=torch.tensor(batch.groups[rows]),
-                reference=reference,
-                beta=config.kl.coefficient,
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                dual_clip=config.dual_clip,
-                ratio=config.ratio,
-                labels=config.pair_labels,
-            )
+    in_ratio = config.proximal == "behaviour"
+    outputs = ALGORITHMS[config.name].loss(
+        LossInputs(
+            logprobs=logprobs,
+            proximal=behaviour if in_ratio else proximal[rows],
+            advantages=towards.outputs.advantages[rows],
+            mask=mask,
+            rewards=towards.rewards[rows],
+            groups=torch.tensor(batch.groups[rows]),
+            reference=reference,
+            beta=config.kl.coefficient,
+            clip_low=config.clip_low,
+            clip_high=config.clip_high,
+            dual_clip=config.dual_clip,
+            ratio=config.ratio,
+            labels=config.pair_labels,
         )
-        .loss
     )
+    before = logprobs.detach() if in_ratio else proximal[rows]
+    importance = importance_weights(before, behaviour, mask, **config.off_policy.model_dump())
+    loss = outputs.loss * (~importance.masked if in_ratio else importance.weights)
     if config.kl.where == "loss":
-        loss = loss + config.kl.coefficient * kl_estimate(logprobs, reference, config.kl.estimator)
-    if config.proximal == "recompute":
-        weights = importance_weights(logprobs.detach(), behaviour, mask, **config.off_policy.model_dump())
-        loss = loss * weights.weights
+        term = config.kl.coefficient * kl_estimate(logprobs, reference, config.kl.estimator)
+        loss = loss + term * importance.weights
     loss = loss - config.entropy_bonus * entropies
     length = config.fixed_length or of.sampling.max_tokens
-    return (loss * token_weights(mask, config.aggregate, fixed_length=length)).sum()
+    weights = token_weights(mask, config.aggregate, fixed_length=length)
+    return (loss * weights).sum(), int((outputs.clipped & mask).sum())
 
 
 CASES: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in ALGORITHMS] + [
     ("grpo", {"entropy_bonus": 0.3}),
     ("grpo", {"proximal": "behaviour"}),
+    ("grpo", {"proximal": "behaviour", "off_policy": {"weight": "mask", "cap": 1.3, "floor": 0.7}}),
     ("grpo", {"off_policy": {"weight": "mask", "level": "geometric", "cap": 1.1, "floor": 0.9}}),
     ("rloo", {"off_policy": {"level": "sequence"}, "reward_scale": "running", "reward_clip": 1.0}),
     ("dapo", {"overlong": {"share": 0.5, "penalty": 2.0}}),
@@ -132,6 +141,45 @@ def test_a_step_is_the_plain_autograd_step(path: str, name: str, options: dict[s
         torch.testing.assert_close(tensor, model.state_dict()[key], **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in ("grpo", "rloo", "online_dpo", "rft", "gspo", "cispo")]
+    + [("grpo", {"proximal": "behaviour"})],
+)
+def test_several_updates_are_those_of_a_plain_loop(path: str, name: str, options: dict[str, Any]) -> None:
+    batch, of = a_batch(path), several(path, name, options)
+    config, generator = of.algorithm, np.random.default_rng(of.run.seed)
+    learner = Learner(of)
+    stats = learner.step(batch)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    adam = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
+    towards = targets(batch, config, config.kl.coefficient, RewardShaping(config=config, max_tokens=9), None)
+    proximal = forward(model, batch)[0].detach()
+    losses, clipped = [], 0
+    for units in minibatches(towards.units, 2, 2, generator):
+        loss, outside = surrogate_of(of, batch, model, towards, proximal, [row for unit in units for row in unit])
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        losses.append(loss.item())
+        clipped += outside
+    assert stats.loss == pytest.approx(np.mean(losses), rel=1e-3, abs=1e-5)
+    assert (clipped > 0) == (name not in ("rft", "online_dpo")), "or clipping is not looked at"
+    for key, tensor in learner.state_dict_for_publish().items():
+        torch.testing.assert_close(tensor, model.state_dict()[key], **TOLERANCE)
+
+
+def several(path: str, name: str, options: dict[str, Any]) -> Recipe:
+    """Two epochs of two minibatches."""
+    return recipe(
+        path,
+        algorithm={"name": name, "epochs": 2, "minibatches": 2, **options},
+        learner={"token_budget": 60, "optimizer": {"learning_rate": 2e-3, "eps": 1e-5}},
+        sampling={"max_tokens": 9},
+    )
+
+
 @pytest.mark.parametrize("name", ["online_dpo", "rft", "dapo"])  # the others differ from these in pure functions only
 def test_several_updates_go_on_bit_equal_after_a_resume(path: str, tmp_path: Path, name: str) -> None:
     sections: dict[str, Any] = {
@@ -156,6 +204,27 @@ def test_a_batch_that_teaches_nothing_changes_nothing(path: str) -> None:
     after = learner.state_dict_for_publish()
     assert (stats.loss, stats.grad_norm) == (0.0, 0.0)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_batch_of_empty_completions_changes_nothing_but_is_taken(path: str) -> None:
+    batch = a_batch(path)
+    empty = replace(batch, mask=np.zeros_like(batch.mask))
+    values = np.zeros(batch.mask.shape, np.float32)
+    of = recipe(path, algorithm={"name": "ppo"})
+    learner, critic = Learner(of), Critic(of)
+    before = learner.state_dict_for_publish()
+    assert math.isfinite(learner.step(empty, values).loss)
+    assert all(math.isfinite(value) for value in critic.step(empty, values).values())
+    after = learner.state_dict_for_publish()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_critics_value_that_is_no_number_is_refused(path: str) -> None:
+    batch = a_batch(path)
+    values = np.zeros(batch.mask.shape, np.float32)
+    values[3, 0] = math.nan
+    with pytest.raises(ValueError, match=f"sample {batch.uids[3]}: its critic's value"):
+        Learner(recipe(path, algorithm={"name": "ppo"})).step(batch, values)
 
 
 @pytest.mark.parametrize("what", ["rewards", "behaviour_logprobs", "reference_logprobs", "greedy_rewards"])

@@ -93,7 +93,7 @@ def token_rewards(rewards: Tensor, mask: Tensor, kl: Tensor | None, coefficient:
     """Return the score at the last completion token, minus `coefficient` times k1 at every token.
 
     rewards (B,), mask (B, T), kl (B, T) in nats or None -> (B, T), 0 outside the mask; an empty completion has no
-    token to carry its score. Ziegler et al. 2019, eq. 1 and section 2.1; Ouyang et al. 2022, eq. 2.
+    token to carry its score. Ziegler et al. 2019; Ouyang et al. 2022, eq. 2.
     """
     mask = mask.bool()
     last = mask & (mask.flip(1).cumsum(1).flip(1) == 1)

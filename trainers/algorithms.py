@@ -135,7 +135,7 @@ def critic_baseline(inputs: AdvantageInputs) -> AdvantageOutputs:
 
 
 def imitate_best(inputs: AdvantageInputs) -> AdvantageOutputs:
-    """Choose the best rollouts of each group, all with weight 1. Dong et al. 2023 (RAFT), algorithm 1."""
+    """Choose the best rollouts of each group, all with weight 1. Dong et al. 2023 (RAFT)."""
     chosen = best_of_group(_penalised(inputs), inputs.groups, inputs.best)
     return AdvantageOutputs(advantages=chosen[:, None] * inputs.mask.to(inputs.rewards.dtype), chosen=chosen)
 
@@ -159,7 +159,7 @@ def surrogate(inputs: LossInputs) -> LossOutputs:
 
 
 def weighted_likelihood(inputs: LossInputs) -> LossOutputs:
-    """Weight the log-prob of each token by its advantage and its bounded ratio. MiniMax 2025 (CISPO), eq. 4."""
+    """Weight the log-prob of each token by its advantage and its bounded ratio. MiniMax 2025 (CISPO)."""
     loss, clipped = clipped_weight_surrogate(
         inputs.logprobs,
         _log_ratio(inputs),

@@ -40,7 +40,7 @@ def assemble(groups: Sequence[Group], version: int) -> Batch:
 
 
 def informative(group: Group) -> bool:
-    """Whether the rewards of a group differ; where all are equal, no advantage does. Yu et al. 2025 (DAPO)."""
+    """Whether the raw rewards of a group differ: before KL, clipping and overlong. Yu et al. 2025 (DAPO)."""
     rewards = [rollout.reward for rollout in group.sampled]
     return min(rewards) < max(rewards)
 

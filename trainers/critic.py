@@ -61,10 +61,14 @@ class Critic:
             norms.append(norm)
         self.kl.observe(batch)
         mask = torch.tensor(batch.mask)
-        unexplained = (returns - old)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
-        return {
+        metrics = {
             "loss/value": float(self.engine.all_sum(torch.tensor(losses, dtype=torch.float64)).mean()),
             "value/grad_norm": sum(norms) / len(norms),
+        }
+        if not bool(mask.any()):
+            return metrics
+        unexplained = (returns - old)[mask].var(correction=0) / returns[mask].var(correction=0).clamp(min=1e-8)
+        return metrics | {
             "value/mean": float(old[mask].mean()),
             "value/explained_variance": 1 - float(unexplained),
         }

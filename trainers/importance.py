@@ -2,7 +2,7 @@
 
 Three policies, never mixed: *behaviour* sampled the tokens, *proximal* is the learner before the step, *current* is the
 learner during it. Weights are proximal / behaviour; clipping is about current / proximal. Hilton et al. 2022, Batch
-size-invariance for policy optimization; Fu et al. 2025, AReaL, section 5.2 (both call this the decoupled objective).
+size-invariance for policy optimization; Fu et al. 2025, AReaL (both call this the decoupled objective).
 """
 
 import math
@@ -53,8 +53,9 @@ def importance_weights(
 
     truncate: bounded by `cap`, which trades variance for bias (Ionides 2008; Espeholt et al. 2018). mask: 0 outside
     [floor, cap]. none: 1. reject_below: a completion with a token whose own ratio is below it has weight 0. Of the
-    levels only `sequence` without a bound makes the gradient of whole completions unbiased; `token` leaves out how
-    likely the tokens before were, and the geometric mean is no importance weight: it says how far off a completion is.
+    levels only `sequence` without a bound makes the gradient of the reward of whole completions unbiased; `token` leaves
+    out how likely the tokens before were, and the geometric mean is no importance weight: it says how far off a
+    completion is.
     """
     mask = mask.bool()
     log_ratio = (proximal - behaviour).detach()

@@ -6,7 +6,7 @@ def adapt(coefficient: float, observed: float, target: float, horizon: int, samp
 
     observed and target in the same unit (nats per rollout), target > 0; `samples` rollouts were seen since the last
     change, and the largest change over `horizon` rollouts is about 20 %. A coefficient of 0 stays 0. Ziegler et al.
-    2019, eq. 2, where samples / horizon is the constant K = 0.1.
+    2019, where samples / horizon is the constant K = 0.1.
     """
     error = min(max(observed / target - 1, -0.2), 0.2)
     return coefficient * (1 + error * min(samples / horizon, 1))

@@ -117,16 +117,15 @@ class Learner:
                 labels=config.pair_labels,
             )
         )
-        loss = outputs.loss
+        importance = importance_weights(proximal, behaviour, mask, **config.off_policy.model_dump())
+        in_ratio = config.proximal == "behaviour"  # the surrogate's ratio holds the weights already
+        loss = outputs.loss * (~importance.masked if in_ratio else importance.weights)
         if config.kl.where == "loss" and self.kl.value > 0:
             if reference is None:
                 raise ValueError("a KL term in the loss needs reference log-probs, and the batch has none")
-            loss = loss + self.kl.value * kl_estimate(logprobs, reference, config.kl.estimator)
-        off_policy = config.off_policy.model_dump()
-        if config.proximal == "behaviour":  # the ratio holds the weights already
-            off_policy["weight"] = "none"
-        # Of the KL term too: its expectation is over the policy's tokens, and these are another's.
-        importance = importance_weights(proximal, behaviour, mask, **off_policy)
+            # Weighted too: its expectation is over the policy's tokens, and these are another's.
+            term = self.kl.value * kl_estimate(logprobs, reference, config.kl.estimator)
+            loss = loss + term * importance.weights
         counted = {
             "tokens": mask,
             "clipped": outputs.clipped & mask,
@@ -135,7 +134,7 @@ class Learner:
             "truncated": importance.truncated,
             "masked": importance.masked,
         }
-        return loss * importance.weights, counted
+        return loss, counted
 
     def _forward(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         inputs = self.trainee.inputs(batch, micro)
@@ -227,6 +226,8 @@ def _gaps(batch: Batch, proximal: Tensor, seen: Tensor) -> dict[str, float]:
     seen: the rows (B,) of which the learner has computed them; elsewhere the engine's stand in against the reference.
     """
     behaviour, every = torch.tensor(batch.behaviour_logprobs), torch.tensor(batch.mask)
+    if not bool(every.any()):
+        return {}
     mask = every & seen[:, None]
     versions = torch.tensor(batch.token_versions)
     here = torch.where(every, versions, versions.max() + 1).amin(1, keepdim=True)

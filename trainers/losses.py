@@ -60,7 +60,7 @@ def clipped_weight_surrogate(
     """Return -A · clipped ratio · log-prob of each token, and where the ratio was clipped (bool).
 
     All (B, T). The ratio is a weight without gradient, so a token keeps its gradient when it is clipped. MiniMax 2025
-    (CISPO), eq. 4 and 5.
+    (CISPO).
     """
     ratio = torch.exp(log_ratio).detach()
     bounded = ratio.clamp(1 - clip_low, 1 + clip_high)

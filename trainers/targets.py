@@ -82,7 +82,7 @@ class RewardShaping:
     def shaped(self, rewards: Tensor, lengths: Tensor) -> Tensor:
         """Return the rewards (B,) of completions of `lengths` (B,) tokens: scaled, clipped, less what is overlong.
 
-        Scaling and clipping: Zheng et al. 2023 (Secrets of RLHF I), section 5.3.1.
+        Scaling and clipping: Zheng et al. 2023 (Secrets of RLHF I).
         """
         if self.count:
             rewards = (rewards - self.mean) / math.sqrt(self.squares / self.count + 1e-8)
@@ -111,7 +111,7 @@ def targets(
     The KL in the reward is that of the policy that sampled. Raises ValueError if it has no reference log-probs, and for
     a number that is not finite, naming the sample.
     """
-    _check_finite(batch)
+    _check_finite(batch, values)
     in_reward = config.kl.where == "reward" and coefficient > 0
     kl = None
     if in_reward:
@@ -150,13 +150,14 @@ def _units(batch: Batch, config: schema.Algorithm, chosen: Tensor | None) -> tup
     return tuple(map(tuple, of_group.values()))
 
 
-def _check_finite(batch: Batch) -> None:
+def _check_finite(batch: Batch, values: Floats | None) -> None:
     """Raise ValueError naming the first sample with a number that is not finite."""
     arrays: dict[str, Floats | None] = {
         "reward": batch.rewards,
         "greedy reward": batch.greedy_rewards,
         "behaviour log-prob": batch.behaviour_logprobs,
         "reference log-prob": batch.reference_logprobs,
+        "critic's value": values,
     }
     for what, array in arrays.items():
         if array is None:
