@@ -53,8 +53,8 @@ def importance_weights(
 
     truncate: bounded by `cap`, which trades variance for bias (Ionides 2008; Espeholt et al. 2018). mask: 0 outside
     [floor, cap]. none: 1. reject_below: a completion with a token whose own ratio is below it has weight 0. Of the
-    levels only `sequence` without a bound makes the gradient of the reward of whole completions unbiased; `token` leaves
-    out how likely the tokens before were, and the geometric mean is no importance weight: it says how far off a
+    levels only `sequence` without a bound makes the gradient of the reward of whole completions unbiased; `token`
+    leaves out how likely the tokens before were, and the geometric mean is no importance weight: it says how far off a
     completion is.
     """
     mask = mask.bool()
