@@ -1,11 +1,12 @@
 """Checks of one section by itself: one line for each mistake."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from configs.algorithms import FACTS
 from configs.errors import UserError
-from configs.schema import Algorithm, EvalScorer, Offline, RewardComponent, SamplingParams
+from configs.schema import Algorithm, EvalScorer, Offline, Recipe, RewardComponent, SamplingParams
 
 # Fields of vLLM's SamplingParams after which a plain softmax is not what was sampled from.
 RESHAPING = (
@@ -60,6 +61,22 @@ def check_unique(key: str, names: Sequence[str]) -> None:
     twice = next((name for i, name in enumerate(names) if name in names[:i]), None)
     if twice is not None:
         raise UserError(f"{key}: the name {twice!r} is given twice, and metrics are kept by name; rename one")
+
+
+def check_outputs(recipe: Recipe) -> None:
+    """Refuse a supervised training that would replace its own start weights, or what another one has trained."""
+    named = {"sft": recipe.sft, **{f"reward_models.{name}": t for name, t in recipe.reward_models.items()}}
+    places: dict[Path, str] = {}
+    for key, training in {**named, "dpo": recipe.dpo}.items():
+        if training is None:
+            continue
+        place = Path(training.output).resolve()
+        if place == Path(training.base or recipe.model.path).expanduser().resolve():
+            start = f"{key}.base" if training.base else "model.path"
+            raise UserError(f"{key}.output: {training.output} is {start}, its own start weights; give another one")
+        if place in places:
+            raise UserError(f"{key}.output: {training.output} is {places[place]}.output too; give each one of its own")
+        places[place] = key
 
 
 def check_loss(key: str, training: Offline, command: Literal["sft", "reward", "dpo"]) -> None:

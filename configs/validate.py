@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configs.algorithms import FACTS, check, check_action
-from configs.checks import check_loss, check_options, check_sampled_distribution, check_source, check_unique
+from configs.checks import (
+    check_loss,
+    check_options,
+    check_outputs,
+    check_sampled_distribution,
+    check_source,
+    check_unique,
+)
 from configs.errors import UserError
 from configs.formats import COMPLETIONS, PREFERENCES, parse_rows, refusal
 from configs.machine import check_machine
@@ -150,6 +157,7 @@ def _offline(recipe: Recipe, command: Command) -> dict[str, Offline]:
         trainings, formats = {"dpo": recipe.dpo}, PREFERENCES
     else:
         return {}
+    check_outputs(recipe)
     for key, training in trainings.items():
         check_loss(key, training, command)
         if training.engine.ranks > 1:

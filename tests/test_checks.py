@@ -80,6 +80,17 @@ def test_dpo_wants_its_section_preferences_and_one_process() -> None:
         validate(recipe(dpo=section), "dpo")
 
 
+def test_an_output_that_is_the_start_or_another_training_s_is_refused() -> None:
+    data = {"path": "org/data", "format": "pairs"}
+    with pytest.raises(UserError, match=r"^sft\.output: \./org/model is model\.path, its own start weights"):
+        validate(recipe(sft={"output": "./org/model", "data": data}), "sft")
+    with pytest.raises(UserError, match=r"^dpo\.output: start is dpo\.base"):
+        validate(recipe(dpo={"output": "start", "base": "./start", "data": data}), "dpo")
+    one = {"output": "o", "data": data}
+    with pytest.raises(UserError, match=r"^reward_models\.b\.output: o is reward_models\.a\.output too"):
+        validate(recipe(reward_models={"a": one, "b": one}), "reward")
+
+
 def test_a_missing_dpo_policy_or_reference_is_named_with_the_command_that_makes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

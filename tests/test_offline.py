@@ -22,7 +22,7 @@ from trainers.layout import Sequences, tree_width
 from trainers.models import ScoreModel, load_sequence_classifier
 from trainers.objectives import Rows, reward_objective, shared_length
 from trainers.offline import Log, train_dpo, train_reward, train_sft
-from trainers.results import Result, wilson
+from trainers.results import Result, load_result, wilson
 from trainers.unfinished import unfinished
 
 
@@ -181,6 +181,26 @@ def test_a_reward_model_learns_rankings(path: str, tmp_path: Path) -> None:
         train_reward(offline(tmp_path / "pairs"), path, rows)
     with pytest.raises(UserError, match="margin for each pair"):
         train_reward(offline(tmp_path / "pairs", loss="margin"), path, preferences(40))
+
+
+def test_an_output_with_other_things_in_it_is_refused_before_anything_is_trained(path: str, tmp_path: Path) -> None:
+    start = Path(tiny_policy(tmp_path / "start"))
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/data.jsonl").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    before = weights(start)
+    with pytest.raises(UserError, match=r"start: output is the start weights themselves; give another directory"):
+        train_reward(offline(start), str(start), preferences(40))
+    for name in ("data", "file"):
+        with pytest.raises(UserError, match=f"{name}: holds something that is no training's result"):
+            train_reward(offline(tmp_path / name), path, preferences(40))
+    assert weights(start) == before and (tmp_path / "data/data.jsonl").exists() and (tmp_path / "file").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"loss": 1', "{}", "[]", '{"seconds": 3}'])
+def test_a_result_that_is_not_ours_is_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "result.json").write_text(content)
+    assert load_result(tmp_path, "hash") is None
 
 
 def trained(

@@ -244,6 +244,7 @@ def _train(task: Task, process: Process, log: Log, track: Track) -> Result:
     if process.world_size > 1:
         raise ValueError("supervised trainings are of one rank: their checkpoints and locks are")
     config = task.config
+    _check_output(config.output, task.base)
     digest = training_hash(task.kind, config, task.base, task.rows, task.margins)
     cached = load_result(config.output, digest)
     if cached:
@@ -256,6 +257,15 @@ def _train(task: Task, process: Process, log: Log, track: Track) -> Result:
             result = cached or _trained(task, digest, split, process, kept, log, note)
         kept.end()
     return result
+
+
+def _check_output(path: str, base: str) -> None:
+    """Refuse an output that would cost the user what lies there: `_write` replaces the whole directory."""
+    output = Path(path)
+    if output.resolve() == Path(base).expanduser().resolve():
+        raise UserError(f"{path}: output is the start weights themselves; give another directory")
+    if output.exists() and not (output / RESULT).is_file() and (output.is_file() or any(output.iterdir())):
+        raise UserError(f"{path}: holds something that is no training's result; give another directory, or empty it")
 
 
 def _trained(

@@ -38,7 +38,10 @@ def load_result(output: str | Path, config_hash: str) -> Result | None:
     path = Path(output) / RESULT
     if not path.exists():
         return None
-    result = Result(**json.loads(path.read_text()))
+    try:
+        result = Result(**json.loads(path.read_text()))
+    except (ValueError, TypeError):  # cut off, another program's, or of the demo's random start
+        return None
     return result if result.config_hash == config_hash else None
 
 

@@ -27,6 +27,7 @@ from trainers import gold, world
 from trainers.data import load_demonstrations, load_pairs, prompt_ids
 from trainers.engine import Process
 from trainers.offline import train_reward, train_sft
+from trainers.results import RESULT
 from trainers.types import Message
 
 Log = Callable[[str], None]
@@ -77,8 +78,9 @@ def _write_skeleton(recipe: Recipe) -> None:
     root = _root(recipe)
     (root / MANIFEST).unlink(missing_ok=True)
     for trained in (sft.output, reward.output):
-        # Otherwise the random weights below would pass for the trained ones.
-        (Path(trained) / "result.json").unlink(missing_ok=True)
+        # The place is a training's, but the random weights below must not pass for the trained ones.
+        Path(trained).mkdir(parents=True, exist_ok=True)
+        (Path(trained) / RESULT).write_text("{}\n")
     tokenizer = world.tokenizer()
     config = world.policy_config(tokenizer)
     torch.manual_seed(sft.seed)
