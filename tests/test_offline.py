@@ -22,7 +22,7 @@ from trainers.layout import Sequences, tree_width
 from trainers.models import ScoreModel, load_sequence_classifier
 from trainers.objectives import Rows, reward_objective, shared_length
 from trainers.offline import Log, train_dpo, train_reward, train_sft
-from trainers.results import Result, load_result, wilson
+from trainers.results import Result, load_result, training_hash, wilson
 from trainers.unfinished import unfinished
 
 
@@ -201,6 +201,16 @@ def test_an_output_with_other_things_in_it_is_refused_before_anything_is_trained
 def test_a_result_that_is_not_ours_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "result.json").write_text(content)
     assert load_result(tmp_path, "hash") is None
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_other_start_weights_have_another_hash(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    hashes = set()
+    for content in ("one", "two"):
+        (tmp_path / name).write_text(content)
+        hashes.add(training_hash("sft", offline(tmp_path / "out"), str(tmp_path), preferences(1)))
+    assert len(hashes) == 2
 
 
 def trained(
