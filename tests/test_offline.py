@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from configs.errors import UserError
 from configs.schema import Offline
 from tests.ranks import VOCABULARY, tiny_policy
+from trainers.engine import TrainEngine
 from trainers.layout import Sequences, tree_width
 from trainers.models import ScoreModel, load_sequence_classifier
 from trainers.objectives import Rows, reward_objective, shared_length
@@ -289,9 +291,23 @@ def test_a_margin_is_scaled_and_moves_the_loss(path: str, tmp_path: Path) -> Non
 
 
 def test_a_loss_that_is_no_number_ends_the_training(path: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"step 1 of \d+: the loss is nan; lower"):
+    with pytest.raises(UserError, match=r"step 1 of \d+: the loss is nan, .*; lower"):
         train_reward(offline(tmp_path / "nan", loss="margin"), path, preferences(40), margins=[float("nan")] * 40)
     assert not (tmp_path / "nan").exists()
+
+
+def test_a_gradient_that_is_no_number_ends_the_training(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = TrainEngine.step
+
+    def overflows(*args: Any) -> float:
+        step(*args)
+        return float("inf")
+
+    monkeypatch.setattr(TrainEngine, "step", overflows)
+    with pytest.raises(UserError, match=r"step 1 of \d+: the loss is \d.*, the norm of its gradient inf; lower"):
+        train_reward(offline(tmp_path / "inf"), path, preferences(40))
 
 
 @pytest.mark.slow

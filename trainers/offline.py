@@ -81,7 +81,7 @@ def fit(
     """Train on `rows` for `epochs`, `batch` rows per optimizer step; return the number of steps. A collective.
 
     begin: how many of them the engine has taken already; save is offered each later one but the last. The order of
-    rows depends on the seed alone. Raises UserError when the loss is no number any more.
+    rows depends on the seed alone. Raises UserError when the loss or its gradient is no number any more.
     """
     generator = np.random.default_rng(seed)
     orders = [generator.permutation(np.asarray(rows)) for _ in range(epochs)]
@@ -90,9 +90,9 @@ def fit(
     for done, chosen in enumerate(batches[begin:], begin + 1):
         rate = engine.learning_rate
         loss, norm = _update(engine, objective, [int(row) for row in chosen], token_budget)
-        if not math.isfinite(loss):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
             hint = "lower engine.optimizer.learning_rate, or look at the rows"
-            raise UserError(f"step {done} of {len(batches)}: the loss is {loss}; {hint}")
+            raise UserError(f"step {done} of {len(batches)}: the loss is {loss}, the norm of its gradient {norm}; {hint}")
         if note:
             note(done, {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate})
         if save and done < len(batches):
