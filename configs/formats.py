@@ -102,6 +102,8 @@ def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Ro
     margin = _number(row, columns["margin"], where) if "margin" in columns else None
     if margin is not None and margin < 0:
         raise UserError(f"{where}: malformed row: {columns['margin']!r} must not be negative: chosen is the better one")
+    if chosen is not None and chosen == rejected:
+        return None
     return Row(messages=messages, chosen=chosen, rejected=rejected, margin=margin, fields=row)
 
 
@@ -111,7 +113,7 @@ def hh(row: Mapping[str, Any], where: str) -> Row | None:
     other_prompt, other = _cut(_text(row, "rejected", where))
     _, *parts = _HH_TURN.split(prompt)
     turns = _alternating(zip(parts[::2], (said.strip() for said in parts[1::2]), strict=True))
-    if prompt != other_prompt or turns is None or not (answer and other):
+    if prompt != other_prompt or turns is None or answer == other or not (answer and other):
         return None
     return Row(messages=turns, chosen=answer, rejected=other, fields=row)
 
@@ -136,7 +138,7 @@ def ultrafeedback_binarized(row: Mapping[str, Any], where: str) -> Row | None:
     margin = _number(row, "score_chosen", where) - _number(row, "score_rejected", where)
     answers = chosen[-1]["content"], rejected[-1]["content"]
     usable = len(chosen) > 1 and chosen[-1]["role"] == rejected[-1]["role"] == "assistant"
-    if margin <= 0 or chosen[:-1] != rejected[:-1] or not usable or not all(map(str.strip, answers)):
+    if margin <= 0 or answers[0] == answers[1] or chosen[:-1] != rejected[:-1] or not usable or not all(map(str.strip, answers)):
         return None
     return Row(messages=chosen[:-1], chosen=answers[0], rejected=answers[1], margin=margin, fields=row)
 
@@ -162,7 +164,7 @@ def helpsteer2_preference(row: Mapping[str, Any], where: str) -> Row | None:
     """nvidia/HelpSteer2, folder preference: strength < 0 prefers response_1, > 0 response_2, 0 neither."""
     first, second = (_string(row, name, where) for name in ("response_1", "response_2"))
     strength, turns = _number(row, "preference_strength", where), _helpsteer_prompt(row, where)
-    if strength == 0 or turns is None or not (first.strip() and second.strip()):
+    if strength == 0 or first == second or turns is None or not (first.strip() and second.strip()):
         return None
     chosen, rejected = (first, second) if strength < 0 else (second, first)
     return Row(messages=turns, chosen=chosen, rejected=rejected, margin=abs(strength), fields=row)
@@ -185,10 +187,10 @@ def competition_math(row: Mapping[str, Any], where: str) -> Row:
 
 
 def _ranked(messages: tuple[Turn, ...], scored: Iterable[tuple[float, str]], row: Mapping[str, Any]) -> Row | None:
-    """Put the best against the worst; of equally good completions the first stays, empty ones go."""
+    """Put the best against the worst; of equally good completions the first stays; empty and repeated ones go."""
     texts: dict[float, str] = {}
     for score, text in sorted(scored, key=lambda pair: -pair[0]):
-        if text.strip():
+        if text.strip() and text not in texts.values():
             texts.setdefault(score, text)
     if len(texts) < 2:
         return None

@@ -210,6 +210,21 @@ def test_columns_of_scored_completions() -> None:
         parsed({"q": "p", "texts": ["a", "b"], "stars": [2]}, **data)
 
 
+def test_two_completions_with_one_text_are_a_tie() -> None:
+    names = {"prompt": "q", "chosen": "best", "rejected": "worst"}
+    steered = {"prompt": "p", "response_1": "a", "response_2": "a", "preference_strength": 2}
+    transcript = "\n\nHuman: p\n\nAssistant: a"
+    assert parsed({"prompt": "p", "chosen": "a", "rejected": "a", "margin": 1}, format="pairs") is None
+    assert parsed({"q": "p", "best": "a", "worst": chat("p", "a")}, format="columns", columns=names) is None
+    assert parsed({"chosen": transcript, "rejected": transcript}, format="hh") is None
+    assert parsed(binarized(chat("p", "a"), chat("p", "a"), 8.0, 3.0), format="ultrafeedback_binarized") is None
+    assert parsed(steered, format="helpsteer2_preference") is None
+    assert rows_of([rated("p", "a", 4), rated("p", "a", 1)], format="helpsteer2") == []
+    ranking = ultra(completion("a", 5.0), completion("b", 3.0), completion("a", 1.0))
+    assert of(ranking, format="ultrafeedback").ranked == ("a", "b")
+    assert of({"prompt": "p", "chosen": "a", "rejected": "b", "margin": 0}, format="pairs").margin == 0.0
+
+
 def test_pairs_may_carry_a_margin() -> None:
     row = {"prompt": "p", "chosen": "c", "rejected": "r"}
     assert of(row, format="pairs").margin is None
