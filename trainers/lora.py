@@ -43,7 +43,8 @@ class Published:
 def add_adapters(hf: Any, lora: schema.Lora) -> None:
     """Put adapters into the linear layers of `hf`, in place, and freeze all else but the head of a classifier.
 
-    B starts at 0, so they change nothing yet. Raises UserError for target modules that the model does not have.
+    B starts at 0, so they change nothing yet; A is drawn with seed 0, whatever the run's seed. Raises
+    UserError for target modules that the model does not have.
     """
     import peft  # noqa: PLC0415  # slow to import, and few runs need it
 
