@@ -103,6 +103,17 @@ def test_rows_of_one_key_stay_together(path: str, tmp_path: Path) -> None:
     assert not (tmp_path / "one").exists()
 
 
+def test_a_holdout_that_draws_no_prompt_is_told_and_no_loss_is_made_up(path: str, tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = offline(tmp_path / "none", holdout=1e-9)
+    result = train_reward(config, path, preferences(4), log=lines.append)
+    assert any("no prompt fell into holdout=1e-09; raise it" in line for line in lines)
+    written = json.loads((tmp_path / "none/result.json").read_text())
+    assert (written["loss"], written["loss_before"], written["holdout_rows"]) == (None, None, 0)
+    again = load_result(tmp_path / "none", result.config_hash)
+    assert again is not None and np.isnan(again.loss)
+
+
 @pytest.mark.parametrize(("successes", "trials", "low", "high"), [(8, 10, 0.4902, 0.9433), (0, 20, 0.0, 0.1611)])
 def test_wilson_interval(successes: int, trials: int, low: float, high: float) -> None:
     assert wilson(successes, trials) == pytest.approx((low, high), abs=1e-4)

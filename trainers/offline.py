@@ -252,6 +252,8 @@ def _train(task: Task, process: Process, log: Log, track: Track) -> Result:
         if not holds(config.output, digest):  # what it does hold, tracking is still to be told
             return cached
     split = _held_out(task)
+    if config.holdout > 0 and not split[1]:
+        log(f"{config.output}: no prompt fell into holdout={config.holdout:g}; raise it, or nothing is measured")
     with unfinished(config.output, digest, config.checkpoint_every, log) as kept:
         with track(kept.directory, cached.steps if cached else kept.begin) as note:
             result = cached or _trained(task, digest, split, process, kept, log, note)
@@ -362,7 +364,8 @@ def _write(engine: TrainEngine, output: Path, base: str, result: Result) -> None
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         export(engine.hf, state, partial, base)
-        (partial / RESULT).write_text(json.dumps(asdict(result), indent=2) + "\n")
+        told = {name: None if value != value else value for name, value in asdict(result).items()}  # JSON has no NaN
+        (partial / RESULT).write_text(json.dumps(told, indent=2) + "\n")
         shutil.rmtree(output, ignore_errors=True)
         os.replace(partial, output)
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ def load_result(output: str | Path, config_hash: str) -> Result | None:
         result = Result(**json.loads(path.read_text()))
     except (ValueError, TypeError):  # cut off, another program's, or of the demo's random start
         return None
+    if not result.holdout_rows:  # null in the file
+        result = replace(result, loss=math.nan, loss_before=math.nan)
     return result if result.config_hash == config_hash else None
 
 
