@@ -138,7 +138,13 @@ def ultrafeedback_binarized(row: Mapping[str, Any], where: str) -> Row | None:
     margin = _number(row, "score_chosen", where) - _number(row, "score_rejected", where)
     answers = chosen[-1]["content"], rejected[-1]["content"]
     usable = len(chosen) > 1 and chosen[-1]["role"] == rejected[-1]["role"] == "assistant"
-    if margin <= 0 or answers[0] == answers[1] or chosen[:-1] != rejected[:-1] or not usable or not all(map(str.strip, answers)):
+    if (
+        margin <= 0
+        or answers[0] == answers[1]
+        or chosen[:-1] != rejected[:-1]
+        or not usable
+        or not all(map(str.strip, answers))
+    ):
         return None
     return Row(messages=chosen[:-1], chosen=answers[0], rejected=answers[1], margin=margin, fields=row)
 

@@ -36,7 +36,8 @@ class PolicyModel(nn.Module):
         Entropies have a gradient only if it is asked for. 0 outside the mask. Logits exist for a chunk of tokens at a
         time. What the backward pass needs of them is kept for the first tokens, up to `logits_kept` numbers, and
         computed again for the others: at most 4 bytes x (logits_kept + 4 logits_per_chunk) exist at once beside the
-        hidden states and the gradient of the head (tests/test_memory.py); more in models that cap their logits, and for the gradient of entropies.
+        hidden states and the gradient of the head (tests/test_memory.py); more in models that cap their
+        logits, and for the gradient of entropies.
         """
         states = _states(self.hf, batch)
         # One index for each token: gradients are added up much faster than by pairs of indices.

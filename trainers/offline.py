@@ -92,7 +92,9 @@ def fit(
         loss, norm = _update(engine, objective, [int(row) for row in chosen], token_budget)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             hint = "lower engine.optimizer.learning_rate, or look at the rows"
-            raise UserError(f"step {done} of {len(batches)}: the loss is {loss}, the norm of its gradient {norm}; {hint}")
+            raise UserError(
+                f"step {done} of {len(batches)}: the loss is {loss}, the norm of its gradient {norm}; {hint}"
+            )
         if note:
             note(done, {"train/loss": loss, "train/grad_norm": norm, "train/learning_rate": rate})
         if save and done < len(batches):

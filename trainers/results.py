@@ -51,7 +51,9 @@ def training_hash(kind: str, config: Offline, base: str, rows: Rows, margins: Se
     """Return a sha256 of everything that decides the trained weights."""
     places: Any = {"output": True, "checkpoint_every": True, "engine": {"resources", "threads", "share_prompts"}}
     digest = hashlib.sha256(f"{kind}\n{config.model_dump_json(exclude=places)}\n".encode())
-    files = sorted(p for p in Path(base).glob("*") if p.suffix in (".safetensors", ".bin", ".json") and p.name != RESULT)
+    files = sorted(
+        p for p in Path(base).glob("*") if p.suffix in (".safetensors", ".bin", ".json") and p.name != RESULT
+    )
     if not files:
         digest.update(base.encode())
     for path in files:
