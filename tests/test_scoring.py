@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,18 @@ def fail(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
 
 def nan(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     return math.nan
+
+
+TURN = threading.Lock()
+CALLED: list[str] = []
+
+
+def queued(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+    CALLED.append(completion)
+    return len(prompt)
+
+
+queued.queue = TURN  # type: ignore[attr-defined]
 
 
 def hang(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
@@ -118,6 +131,22 @@ def test_a_failing_reward_function_names_component_and_sample(
     actor = RewardActor(Reward(components=components, deadline_s=0.2))
     with pytest.raises(DataError, match=rf"'mine', sample e0-p7-s\d: {__name__}:{function} {message}"):
         asyncio.run(actor.score(group(row=row)))
+
+
+def test_the_wait_in_a_functions_queue_is_no_part_of_its_deadline() -> None:
+    async def scenario() -> None:
+        rule = RuleFunction(f"{__name__}:queued", deadline_s=0.2)
+        with TURN:
+            waiting, given_up = (asyncio.create_task(rule("four", text, {})) for text in ("", "given up"))
+            await asyncio.wait([waiting], timeout=0.5)
+            assert not waiting.done()
+            given_up.cancel()
+            await asyncio.wait([given_up])
+        assert await waiting == 4
+        assert await rule("four", "", {}) == 4
+        assert CALLED == ["", ""]
+
+    asyncio.run(scenario())
 
 
 def test_a_function_that_cannot_be_imported_is_the_users_mistake() -> None:

@@ -4,7 +4,10 @@ import asyncio
 import gzip
 import json
 import logging
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from configs.formats import parse_row
 from configs.load import load
 from configs.schema import Data, Reward, RewardComponent
 from configs.validate import validate
+from trainers import verify
+from trainers.scoring import RuleFunction
 from trainers.types import DataError, Group, Prompt, Rollout
 from trainers.verify import Checker, gsm8k, gsm8k_gold, marked, math, math_gold
 
@@ -116,12 +121,65 @@ def test_a_gold_answer_that_cannot_be_read_is_an_error_of_one_line(checker: Chec
     assert checker.same("1", RIGHT)
 
 
-def test_a_child_that_dies_is_an_error_and_is_replaced(checker: Checker) -> None:
+def test_a_child_that_dies_at_a_question_is_a_wrong_answer_and_is_replaced(
+    checker: Checker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def kill(child: subprocess.Popen[str], question: Mapping[str, str]) -> dict[str, Any] | None:
+        child.kill()
+        return ask(child, question)
+
+    ask = verify._ask
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(verify, "_ask", kill)
+        assert not checker.same("1", RIGHT)
+    assert "ended with code -9" in caplog.text
     assert checker.same("1", RIGHT) and checker._child is not None
-    checker._child.kill()
-    with pytest.raises(RuntimeError, match="runs math-verify ended with code -9"):
-        checker.same("1", RIGHT)
+    checker._child.kill()  # between two questions
+    checker._child.wait()
     assert checker.same("1", RIGHT)
+
+
+def test_a_child_that_cannot_start_is_an_error_and_holds_up_nobody(
+    checker: Checker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="runs math-verify ended with code 1 at its start"):
+            checker.same("1", RIGHT)
+    monkeypatch.undo()
+    assert checker.same("1", RIGHT)
+
+
+SLOW = Checker(check_s=0.2)  # so that five hanging calls take much longer than one, however busy the machine
+
+
+def boxed(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+    return SLOW.same("1", completion)
+
+
+boxed.queue = SLOW  # type: ignore[attr-defined]
+
+
+def test_calls_that_wait_behind_ones_that_hang_keep_their_deadline() -> None:
+    async def scenario() -> list[float]:
+        rule = RuleFunction(f"{__name__}:boxed", deadline_s=5)
+        return list(await asyncio.gather(*(rule("", text, {}) for text in [*[TOWER] * 5, *[RIGHT] * 15])))
+
+    try:
+        assert asyncio.run(scenario()) == [0.0] * 5 + [1.0] * 15  # five children were started on the way
+    finally:
+        SLOW.close()
+
+
+def test_only_the_end_of_a_completion_and_the_beginning_of_a_marked_answer_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(verify.CHECKER, "same", lambda gold, answer: asked.append(answer) or True)
+    row = {"answer": "#### 1", "solution": RIGHT}
+    for function, text in ((gsm8k, "#### 1" + "2" * 9000), (gsm8k, "3" * 9000), (math, "{" * 9000)):
+        function("", text, row)
+    assert [len(text) for text in asked] == [len("The final answer is ") + 200, 2000, 2000]
 
 
 def rollout(uid: str, text: str) -> Rollout:

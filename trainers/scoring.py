@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,7 +173,8 @@ def _shared_lengths(conversations: Sequence[str], texts: Sequence[Sequence[int]]
 class RuleFunction:
     """A plain Python function `module:function`, called with (prompt, completion, row) -> float.
 
-    It may be async. Raises UserError if it cannot be imported.
+    It may be async. One that is not may have an attribute `queue`, a context manager that it is called in; what is
+    waited for there is no part of `deadline_s`. Raises UserError if it cannot be imported.
     """
 
     def __init__(self, spec: str, *, deadline_s: float = 60) -> None:
@@ -183,11 +185,12 @@ class RuleFunction:
     async def __call__(self, prompt: str, completion: str, row: Mapping[str, Any]) -> float:
         """Return the score. Raises DataError if the function raises, runs out of time or gives no finite number."""
         try:
+            if inspect.iscoroutinefunction(self.function):
+                call = self.function(prompt, completion, row)
+            else:
+                call = asyncio.wrap_future(await _begin(self.function, prompt, completion, row))
             async with asyncio.timeout(self.deadline_s):
-                if inspect.iscoroutinefunction(self.function):
-                    value = await self.function(prompt, completion, row)
-                else:
-                    value = await _in_daemon_thread(self.function, prompt, completion, row)
+                value = await call
             score = float(value)
         except TimeoutError as error:
             raise DataError(f"{self.spec} took longer than {self.deadline_s:g} s") from error
@@ -237,19 +240,25 @@ def import_function(spec: str) -> Callable[..., Any]:
     return function
 
 
-async def _in_daemon_thread(function: Callable[..., Any], *args: Any) -> Any:
-    """Run a blocking call; a daemon thread, so that one which never returns cannot keep the process alive."""
-    future: Future[Any] = Future()
+async def _begin(function: Callable[..., Any], *args: Any) -> Future[Any]:
+    """Return the future of a blocking call that has begun, after its wait in `function.queue` if there is one.
+
+    In a daemon thread, so that a call which never returns cannot keep the process alive.
+    """
+    begun: Future[None] = Future()
+    result: Future[Any] = Future()
 
     def call() -> None:
         try:
-            result = function(*args)
+            with getattr(function, "queue", nullcontext()):
+                if begun.set_running_or_notify_cancel():  # else nobody waits any more
+                    begun.set_result(None)
+                    result.set_result(function(*args))
         except BaseException as error:
-            if not future.cancelled():
-                future.set_exception(error)
-        else:
-            if not future.cancelled():
-                future.set_result(result)
+            waited = result if begun.done() else begun
+            if not waited.cancelled():
+                waited.set_exception(error)
 
     threading.Thread(target=call, daemon=True).start()
-    return await asyncio.wrap_future(future)
+    await asyncio.wrap_future(begun)
+    return result

@@ -17,40 +17,59 @@ import threading
 from collections.abc import Mapping
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Self
 
 if find_spec("math_verify") is None:
     raise ModuleNotFoundError("math-verify is not installed; type: pip install math-verify")
 
 log = logging.getLogger(__name__)
-CHECK_S = 5.0  # of CPU for one comparison: a busy machine must not turn right answers into wrong ones
+CHECK_S = 1.0  # of CPU for one comparison: a busy machine must not turn right answers into wrong ones
+WALL = 30  # times as long by the clock, for a child that waits and uses no CPU
 MEMORY = 4 << 30  # bytes of address space of the child
+MARKED, LAST = 200, 2000  # characters that are compared: behind a mark, and of a completion's end
 _MARKED = re.compile(r"####[ \t]*(\S[^\n]*)")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 
 
 class Checker:
-    """A child process that compares answers; started when first needed, and anew after a comparison that hung."""
+    """A child process that compares answers; started when first needed, and anew after a comparison that ended it.
+
+    As a context manager it is the queue for the child: entered once the child is free and ready. Entering raises
+    RuntimeError if the child ends before it is ready.
+    """
 
     def __init__(self, check_s: float = CHECK_S) -> None:
         self._check_s = check_s
-        self._lock = threading.Lock()  # reward functions run in threads, several at a time
+        self._lock = threading.RLock()  # reward functions run in threads, several at a time
         self._child: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        self._lock.acquire()
+        try:
+            self._ready()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def same(self, gold: str, answer: str) -> bool:
         """Whether `answer` has a final answer, boxed or after the word answer, that equals `gold` (bare LaTeX).
 
-        False, with a warning in the log, if that is not known in time. Raises ValueError for a gold answer that
-        math-verify cannot read, RuntimeError if the child fails.
+        False, with a warning in the log, if that is not known in time or the child does not survive the question: a
+        policy's text must not end a run. Raises ValueError for a gold answer that math-verify cannot read.
         """
-        with self._lock:
-            child = self._child or self._start()
+        with self:
+            child = self._ready()
             reply = _ask(child, {"gold": gold, "answer": answer})
             if reply is None:
                 self.close()
-                if child.returncode != -signal.SIGPROF:
-                    raise RuntimeError(f"the process that runs math-verify ended with code {child.returncode}")
-                log.warning("not equal, as math-verify took over %g s of CPU: %.200r", self._check_s, answer)
+                if child.returncode in (-signal.SIGPROF, -signal.SIGALRM):
+                    log.warning("not equal, as math-verify took over %g s of CPU: %.200r", self._check_s, answer)
+                else:
+                    log.warning("not equal, as math-verify ended with code %d: %.200r", child.returncode, answer)
                 return False
         if "error" in reply:
             raise ValueError(reply["error"])
@@ -63,17 +82,25 @@ class Checker:
             self._child.communicate()
             self._child = None
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _ready(self) -> subprocess.Popen[str]:
+        """Return a child that waits for a question; one that was killed meanwhile is replaced."""
+        if self._child is not None and self._child.poll() is None:
+            return self._child
+        self.close()
         program = f"from trainers.verify import serve; serve({self._check_s})"
         paths = os.pathsep.join(path for path in sys.path if path)
-        self._child = subprocess.Popen(
+        child = self._child = subprocess.Popen(
             [sys.executable, "-c", program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             env={**os.environ, "PYTHONPATH": paths},
         )
-        return self._child
+        assert child.stdout is not None
+        if not child.stdout.readline():
+            self.close()
+            raise RuntimeError(f"the process that runs math-verify ended with code {child.returncode} at its start")
+        return child
 
 
 CHECKER = Checker()
@@ -86,13 +113,16 @@ def gsm8k(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     none: what is cut off at max_tokens would be rewarded by chance.
     """
     marks = _MARKED.findall(completion)
-    text = f"The final answer is {marks[-1].lstrip('$ ')}" if marks else completion
+    text = f"The final answer is {marks[-1][:MARKED].lstrip('$ ')}" if marks else completion[-LAST:]
     return float(CHECKER.same(gsm8k_gold(row), text.replace("$", "")))  # dollars, not LaTeX
 
 
 def math(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     """Return 1 if the final answer, boxed or after the word answer, is that of MATH's `solution`, else 0."""
-    return float(CHECKER.same(math_gold(row), completion))
+    return float(CHECKER.same(math_gold(row), completion[-LAST:]))
+
+
+gsm8k.queue = math.queue = CHECKER  # type: ignore[attr-defined]  # RuleFunction: the deadline begins behind it
 
 
 def marked(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
@@ -129,7 +159,8 @@ def serve(check_s: float) -> None:
     """Answer each line of standard input with one, until it ends: what the child runs. SIGPROF ends it if it hangs."""
     replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # it kills, even inside a single operation
+    for limit in (signal.SIGPROF, signal.SIGALRM):
+        signal.signal(limit, signal.SIG_DFL)  # it kills, even inside a single operation
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     from math_verify import (  # noqa: PLC0415  # a second of sympy, in this process only
         ExprExtractionConfig,
@@ -142,9 +173,11 @@ def serve(check_s: float) -> None:
     final = [kind(try_extract_without_anchor=False) for kind in (LatexExtractionConfig, ExprExtractionConfig)]
     read = partial(parse, extraction_config=final, parsing_timeout=None)
     verify(read("\\boxed{1}"), read("The answer is 1"), timeout_seconds=None)  # its first use takes longer
+    print(json.dumps({"ready": True}), file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, check_s)
+        signal.setitimer(signal.ITIMER_REAL, WALL * check_s)
         gold = read(f"\\boxed{{{asked['gold']}}}")
         if gold:
             answer = read(asked["answer"])
@@ -152,6 +185,7 @@ def serve(check_s: float) -> None:
         else:
             reply = {"error": f"math-verify cannot read the gold answer {asked['gold']!r}"}
         signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps(reply), file=replies, flush=True)
 
 
