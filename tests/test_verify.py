@@ -48,6 +48,10 @@ def checker() -> Iterator[Checker]:
         ("She pays $20 and $1060, so the answer is $1080", True),
         ("#### 1080\nQuestion: how many are 2 and 3?", True),
         ("#### 7\nNo, again:\n#### 1080", True),
+        ("#### 1080 apples for 3 kids", True),
+        ("#### about -1,080, not 1080", False),
+        ("#### 3 kids, 1080 apples", False),
+        ("#### 1080/2", False),
         ("#### 108", False),
         ("Each of the games is worth 1080", False),  # no final answer, perhaps cut off
         ("1080 at first, then #### 5", False),

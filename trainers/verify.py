@@ -28,6 +28,7 @@ WALL = 30  # times as long by the clock, for a child that waits and uses no CPU
 MEMORY = 4 << 30  # bytes of address space of the child
 MARKED, LAST = 200, 2000  # characters that are compared: behind a mark, and of a completion's end
 _MARKED = re.compile(r"####[ \t]*(\S[^\n]*)")
+_NUMBER = re.compile(r"-?(?:\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(?:/\d+)?")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 
 
@@ -109,12 +110,15 @@ CHECKER = Checker()
 def gsm8k(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     """Return 1 if the completion's final answer is the number that GSM8K's `answer` has behind ####, else 0.
 
-    A final answer stands behind the last ####, in a box, or after the word answer. A number that is only the last is
+    A final answer is the first number behind the last ####, or stands in a box or after the word answer. A number that is only the last is
     none: what is cut off at max_tokens would be rewarded by chance.
     """
     marks = _MARKED.findall(completion)
-    text = f"The final answer is {marks[-1][:MARKED].lstrip('$ ')}" if marks else completion[-LAST:]
-    return float(CHECKER.same(gsm8k_gold(row), text.replace("$", "")))  # dollars, not LaTeX
+    text = (marks[-1][:MARKED] if marks else completion[-LAST:]).replace("$", "")  # dollars, not LaTeX
+    if marks:
+        number = _NUMBER.search(text)
+        text = f"The final answer is {number[0]}" if number else ""
+    return float(CHECKER.same(gsm8k_gold(row), text))
 
 
 def math(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
