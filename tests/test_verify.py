@@ -91,6 +91,8 @@ def test_marked_is_about_the_form_alone() -> None:
 def test_gold_answers_are_taken_from_the_published_fields() -> None:
     assert gsm8k_gold({"answer": "1 + 2 = 3 #### 3\n#### -1,234,567 "}) == "-1234567"
     assert math_gold({"solution": r"\boxed{1} and \boxed{ \frac{1}{\sqrt{2}} }. End"}) == r"\frac{1}{\sqrt{2}}"
+    assert math_gold({"solution": r"\boxed{\left\{ 1, 2 \right.}. End}"}) == r"\left\{ 1, 2 \right."
+    assert math_gold({"solution": r"\boxed{a\\{b}c}. End"}) == r"a\\{b}c"
     assert math_gold({"solution": r"\fbox{4}"}) == "4" and math_gold({"solution": r"so $\boxed 12$."}) == "12"
 
 

@@ -152,10 +152,10 @@ def math_gold(row: Mapping[str, Any]) -> str:
     if not text.startswith("{"):  # \boxed 2
         return re.split(r"[$\s]", text, maxsplit=1)[0]
     depth = 0
-    for place, character in enumerate(text):
-        depth += {"{": 1, "}": -1}.get(character, 0)
+    for found in re.finditer(r"\\.|[{}]", text, re.DOTALL):  # \{ and \} are characters of the answer
+        depth += {"{": 1, "}": -1}.get(found[0], 0)
         if depth == 0:
-            return text[1:place].strip()
+            return text[1 : found.start()].strip()
     raise ValueError("the row's last \\boxed{ is never closed; correct the row")
 
 
