@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from configs.errors import UserError
-from configs.rows import Row, Turn, kind
+from configs.rows import Row, Turn, is_file, kind
 from configs.schema import Data
 
 PREFERENCES: tuple[str, ...] = (
@@ -36,6 +36,8 @@ def refusal(data: Data) -> str | None:
     given = data.columns
     if data.streaming and data.limit is None:
         return "limit: streaming takes the first rows of a dataset; say how many with limit"
+    if data.streaming and is_file(data.path):
+        return "streaming: a file is read as a stream in any case; leave streaming out"
     if given and data.format != "columns":
         return f"columns: format {data.format!r} has columns of its own; set format=columns or leave columns out"
     if data.format == "columns" and "prompt" not in given:

@@ -275,6 +275,12 @@ def test_a_data_section_that_cannot_work_is_refused(data: dict[str, Any], says: 
         load_rows(Data(path="x.jsonl", **data))
 
 
+def test_streaming_is_for_public_datasets() -> None:
+    assert refusal(Data(path="some/dataset", streaming=True, limit=3)) is None
+    with pytest.raises(UserError, match=r"^data\.streaming: .*; leave streaming out$"):
+        load_rows(Data(path="x.jsonl", streaming=True, limit=3))
+
+
 def test_every_format_is_of_a_kind() -> None:
     formats = get_args(Data.model_fields["format"].annotation)
     assert set(formats) - set(COMPLETIONS) == {"prompt"}
