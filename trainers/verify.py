@@ -110,8 +110,8 @@ CHECKER = Checker()
 def gsm8k(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     """Return 1 if the completion's final answer is the number that GSM8K's `answer` has behind ####, else 0.
 
-    A final answer is the first number behind the last ####, or stands in a box or after the word answer. A number that is only the last is
-    none: what is cut off at max_tokens would be rewarded by chance.
+    A final answer is the first number behind the last ####, or stands in a box or after the word answer. One that only
+    comes last is none: what is cut off at max_tokens would be rewarded by chance.
     """
     marks = _MARKED.findall(completion)
     text = (marks[-1][:MARKED] if marks else completion[-LAST:]).replace("$", "")  # dollars, not LaTeX
