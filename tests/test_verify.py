@@ -168,7 +168,7 @@ boxed.queue = SLOW  # type: ignore[attr-defined]
 
 def test_calls_that_wait_behind_ones_that_hang_keep_their_deadline() -> None:
     async def scenario() -> list[float]:
-        rule = RuleFunction(f"{__name__}:boxed", deadline_s=5)
+        rule = RuleFunction(f"{__name__}:boxed", deadline_s=3)
         return list(await asyncio.gather(*(rule("", text, {}) for text in [*[TOWER] * 5, *[RIGHT] * 15])))
 
     try:
