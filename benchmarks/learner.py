@@ -135,7 +135,7 @@ class Headroom:
         """Return the padded tokens that go through the model in one step."""
         trainee = self.learner.trainee
         trainee.width, trainee.token_budget = self.width if share else None, case.rows * case.longest
-        micros = trainee.plan(case.batch, list(range(len(case.batch.uids))))
+        micros = trainee.plan(case.batch, [(row,) for row in range(len(case.batch.uids))])
         return sum(trainee.inputs(case.batch, micro).input_ids.numel() for micro in micros)
 
 
