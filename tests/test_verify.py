@@ -49,6 +49,7 @@ def checker() -> Iterator[Checker]:
         ("#### 1080\nQuestion: how many are 2 and 3?", True),
         ("#### 7\nNo, again:\n#### 1080", True),
         ("#### 1080 apples for 3 kids", True),
+        ("#### **1080**", True),
         ("#### about -1,080, not 1080", False),
         ("#### 3 kids, 1080 apples", False),
         ("#### 1080/2", False),
