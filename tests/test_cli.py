@@ -314,7 +314,7 @@ def one_line(text: str, says: Sequence[str]) -> None:
 def test_without_a_mistake_there_is_no_error(world: Path) -> None:
     overrides = [f"evaluation.tasks=[{TASK}]", "evaluation.primary=held/gold"]
     for name in ("sft", "dpo", "reward_models.proxy"):
-        overrides.append(f"{name}={{output: o, data: {{path: pairs.jsonl, format: pairs}}}}")
+        overrides.append(f"{name}={{output: out-of-{name}, data: {{path: pairs.jsonl, format: pairs}}}}")
     recipe = load("recipe.yaml", overrides)
     for name in get_args(Command):
         warnings = validate(recipe, name)

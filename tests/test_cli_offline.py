@@ -43,6 +43,8 @@ def make_recipe(where: Path) -> None:
                 {"name": "held", "data": data, "prompts": 16, "sampling": {"n": 1, "max_tokens": 6}, "scorers": scorers}
             ],
         },
+        # Absolute: MLflow keeps one store a process for each address, whatever directory a later test works in.
+        "tracking": {"uri": f"sqlite:///{where}/mlflow.db"},
         "sft": {"output": "tuned", **offline},
         "reward_models": {"proxy": {"output": "proxy", **offline}},
     }
