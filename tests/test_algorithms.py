@@ -124,8 +124,8 @@ def test_an_empty_completion_counts_in_its_groups_mean_and_is_no_half_of_a_pair(
 
 def test_more_than_one_of_the_best_is_imitated_if_asked_for() -> None:
     inputs = replace(INPUTS, groups=torch.zeros(4, dtype=torch.long), kl_coefficient=0.0)
-    assert advantages("rft", inputs, best=1).chosen.tolist() == [True, False, False, False]  # type: ignore[union-attr]
-    assert advantages("rft", inputs, best=2).chosen.tolist() == [True, False, True, False]  # type: ignore[union-attr]
+    assert advantages("rft", inputs, best=1).chosen.tolist() == [True, False, False, False]
+    assert advantages("rft", inputs, best=2).chosen.tolist() == [True, False, True, False]
 
 
 @pytest.mark.parametrize(("name", "words"), [("ppo", "values"), ("remax", "greedy"), ("rloo", "KL")])

@@ -55,7 +55,7 @@ def queued(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     return len(prompt)
 
 
-queued.queue = TURN  # type: ignore[attr-defined]
+queued.queue = TURN
 
 
 def hang(prompt: str, completion: str, row: Mapping[str, Any]) -> float:

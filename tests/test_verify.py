@@ -164,7 +164,7 @@ def boxed(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     return SLOW.same("1", completion)
 
 
-boxed.queue = SLOW  # type: ignore[attr-defined]
+boxed.queue = SLOW
 
 
 def test_calls_that_wait_behind_ones_that_hang_keep_their_deadline() -> None:
