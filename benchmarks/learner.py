@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--model", help="HF directory; without it, the tiny random policy of tests/tiny.py")
     parser.add_argument("--prompts", type=int, default=4, help=f"groups of a batch, of {N} completions each")
     parser.add_argument("--rows", type=int, default=8, help="of the plain loop's micro-batches")
-    parser.add_argument("--rounds", type=int, default=12, help="steps of each arm on each batch: A B C, C B A, …")
+    parser.add_argument("--rounds", type=int, default=12, help="steps of each arm on each batch: A B …, … B A")
     parser.add_argument("--zero", type=int, default=0, choices=[0, 1, 2, 3])
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks"))
     options = parser.parse_args()
