@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from trainers.learner import Learner
 from trainers.types import Batch
 
 VOCABULARY = 61
+RUNS = tuple(("grpo", zero) for zero in (0, 2, 3))  # of `train_and_publish`: algorithm and ZeRO stage
 
 
 def tiny_policy(directory: Path, *, tied: bool = True, seed: int = 0) -> str:
@@ -67,22 +69,27 @@ def recipe(path: str, **sections: dict[str, Any]) -> Recipe:
 
 
 def train_and_publish(
-    path: str, zeros: tuple[int, ...], rank: int, ranks: int, port: int, directory: str, learner: dict[str, Any]
+    path: str,
+    runs: Sequence[tuple[str, int]],
+    rank: int,
+    ranks: int,
+    port: int,
+    directory: str,
+    learner: dict[str, Any],
 ) -> None:
-    """Take 2 steps under each ZeRO stage, and write what each published: body of a rank of the equality test."""
+    """Take 2 steps in each of `runs`, and write what each published: body of a rank of the equality test."""
     torch.set_num_threads(1)
-    for zero in zeros:
-        config = recipe(path, learner={"zero": zero, **learner}, algorithm={"minibatches": 2})
+    for name, zero in runs:
+        config = recipe(path, learner={"zero": zero, **learner}, algorithm={"name": name, "minibatches": 2})
         trained = Learner(config, rank, ranks, "127.0.0.1", port)
         stats = [trained.step(random_batch(seed=seed)) for seed in range(2)]
         state = trained.state_dict_for_publish()
         probe = trained.probe_logprobs(np.arange(5, 15, dtype=np.int32))
-        trained.save(Path(directory) / f"zero{zero}")
+        trained.save(Path(directory) / f"{name}-zero{zero}")
         if rank == 0:
             result = {"state": state, "probe": probe, "metrics": [dict(s.metrics) for s in stats]}
-            torch.save(result, Path(directory) / f"zero{zero}.pt")
+            torch.save(result, Path(directory) / f"{name}-zero{zero}.pt")
 
 
 if __name__ == "__main__":  # one rank, started by tests/test_learner.py
-    arguments = json.loads(sys.argv[1])
-    train_and_publish(**{**arguments, "zeros": tuple(arguments["zeros"])})
+    train_and_publish(**json.loads(sys.argv[1]))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tests.ranks import random_batch, recipe, tiny_policy, train_and_publish
+from tests.ranks import RUNS, random_batch, recipe, tiny_policy, train_and_publish
 from trainers.critic import Critic
 from trainers.engine import free_port, learning_rate_factor, load_ops
 from trainers.kl import adapt
 from trainers.learner import Learner
 from trainers.types import Batch
 
-ZEROS = (0, 2, 3)
+# They train on one pair of each group, or on its best rollout: 3 units in 2 minibatches, so that one of two ranks has
+# nothing of the second.
+CHOOSERS = ("online_dpo", "rft")
 # At 1e-3 an update moves a weight by about 1e-3, so equality to 1e-5 sees a loss that is scaled or shared out wrongly.
 # Sums in another order differ by 1e-7, which Adam magnifies where a gradient is about 0; bit-equality is not to be had.
 OPTIMIZER = {"optimizer": {"learning_rate": 1e-3, "warmup_steps": 1}}
@@ -33,12 +36,12 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return tiny_policy(tmp_path_factory.mktemp("tiny"))
 
 
-def two_ranks(path: str, directory: Path, learner: dict[str, Any]) -> None:
+def two_ranks(path: str, directory: Path, learner: dict[str, Any], runs: Sequence[tuple[str, int]] = RUNS) -> None:
     """Run `train_and_publish` in two processes."""
     directory.mkdir()
     arguments = {
         "path": path,
-        "zeros": ZEROS,
+        "runs": runs,
         "ranks": 2,
         "port": free_port(),
         "directory": str(directory),
@@ -67,21 +70,23 @@ def two_ranks(path: str, directory: Path, learner: dict[str, Any]) -> None:
 def test_ranks_zero_stages_and_token_budgets_train_the_same_policy(path: str, tmp_path: Path) -> None:
     one = tmp_path / "one"
     one.mkdir()
-    train_and_publish(path, ZEROS, 0, 1, 0, str(one), {"token_budget": 10_000, **OPTIMIZER})
-    two_ranks(path, tmp_path / "two", {"token_budget": 30, **OPTIMIZER})
-    expected = torch.load(one / "zero0.pt", weights_only=False)
+    alone = (*RUNS, *((name, 0) for name in CHOOSERS))
+    shared = (*RUNS, *((name, zero) for name in CHOOSERS for zero in (2, 3)))
+    train_and_publish(path, alone, 0, 1, 0, str(one), {"token_budget": 10_000, **OPTIMIZER})
+    two_ranks(path, tmp_path / "two", {"token_budget": 30, **OPTIMIZER}, shared)
     start = AutoModelForCausalLM.from_pretrained(path).state_dict()
-    moved = max(float((start[name] - tensor).abs().max()) for name, tensor in expected["state"].items())
-    assert moved > 100 * TOLERANCE["atol"]
-    for name in [f"{ranks}/zero{zero}.pt" for ranks in ("one", "two") for zero in ZEROS]:
-        found = torch.load(tmp_path / name, weights_only=False)
+    for ranks, name, zero in [*(("one", *run) for run in alone), *(("two", *run) for run in shared)]:
+        expected = torch.load(one / f"{name}-zero0.pt", weights_only=False)
+        moved = max(float((start[key] - tensor).abs().max()) for key, tensor in expected["state"].items())
+        assert moved > 100 * TOLERANCE["atol"]
+        found = torch.load(tmp_path / f"{ranks}/{name}-zero{zero}.pt", weights_only=False)
         assert found["state"].keys() == expected["state"].keys()
         for key, tensor in expected["state"].items():
-            where = f"{name} {key}: "
+            where = f"{ranks} {name} zero {zero} {key}: "
             torch.testing.assert_close(found["state"][key], tensor, **TOLERANCE, msg=where.__add__)
         np.testing.assert_allclose(found["probe"], expected["probe"], atol=1e-4)
         for mine, other in zip(found["metrics"], expected["metrics"], strict=True):
-            assert mine == pytest.approx(other, rel=1e-3, abs=1e-5), name
+            assert mine == pytest.approx(other, rel=1e-3, abs=1e-5), (ranks, name, zero)
     loaded = AutoModelForCausalLM.from_pretrained(path)
     missing, unexpected = loaded.load_state_dict(expected["state"], strict=False)
     assert (missing, unexpected) == (["lm_head.weight"], [])  # tied: published once

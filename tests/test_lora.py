@@ -113,11 +113,11 @@ def test_a_loaded_learner_goes_on_bit_equal(path: str, tmp_path: Path, zero: int
 @pytest.mark.slow
 def test_ranks_and_zero_stages_train_the_same_adapters(path: str, tmp_path: Path) -> None:
     settings = {"lora": LORA, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1}}
-    train_and_publish(path, (0,), 0, 1, 0, str(tmp_path), {"token_budget": 10_000, **settings})
+    train_and_publish(path, (("grpo", 0),), 0, 1, 0, str(tmp_path), {"token_budget": 10_000, **settings})
     two_ranks(path, tmp_path / "two", {"token_budget": 30, **settings})
-    expected = torch.load(tmp_path / "zero0.pt", weights_only=False)["state"]
+    expected = torch.load(tmp_path / "grpo-zero0.pt", weights_only=False)["state"]
     for zero in (0, 2, 3):
-        found = torch.load(tmp_path / "two" / f"zero{zero}.pt", weights_only=False)["state"]
+        found = torch.load(tmp_path / "two" / f"grpo-zero{zero}.pt", weights_only=False)["state"]
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-4, msg=f"zero {zero} {name}: ".__add__)
