@@ -123,7 +123,10 @@ class Optimizer(Section):
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """linear and cosine end at 0 after the last update: of run.steps * algorithm.epochs * algorithm.minibatches, or of
+    the offline training. An update for which an algorithm chooses no rollout is left out and still counts."""
     warmup_steps: int = Field(0, ge=0)
+    """Updates in which the rate rises."""
 
 
 class Lora(Section):

@@ -196,6 +196,23 @@ def test_several_updates_go_on_bit_equal_after_a_resume(path: str, tmp_path: Pat
     assert expected.metrics["policy/grad_norm"] > 0 and "kl/reference" in expected.metrics
 
 
+@pytest.mark.parametrize("name", ["rft", "online_dpo"])
+def test_the_schedule_moves_on_where_fewer_rollouts_are_chosen_than_there_are_updates(path: str, name: str) -> None:
+    """Of 3 groups, 3 updates in an epoch of 4; of groups whose rewards are all equal, none."""
+    learner = Learner(
+        recipe(
+            path,
+            run={"name": "test", "steps": 3},
+            algorithm={"name": name, "epochs": 2, "minibatches": 4},
+            learner={"optimizer": {"learning_rate": 1e-3, "schedule": "linear", "warmup_steps": 4}},
+        )
+    )
+    equal = replace(a_batch(path), rewards=np.ones(12, np.float32))
+    rates = [learner.step(batch).metrics["policy/learning_rate"] for batch in (equal, a_batch(path), a_batch(path))]
+    assert rates == pytest.approx([1e-3 * share for share in (1 / 5, 1 - 4 / 20, 1 - 12 / 20)])
+    assert learner.engine.learning_rate == 0
+
+
 def test_a_batch_that_teaches_nothing_changes_nothing(path: str) -> None:
     learner = Learner(recipe(path, algorithm={"name": "rft"}))
     batch = replace(a_batch(path), rewards=np.ones(12, np.float32))

@@ -35,6 +35,8 @@ deepspeed_logger.setLevel(logging.WARNING)
 vars(sys.modules["deepspeed.comm.torch"])["print"] = logging.getLogger(__name__).debug
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed: a line for every one of them.
 warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
+# torch takes it for a mistake that the schedule may move on first: see `TrainEngine.skip`.
+warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step", category=UserWarning)
 
 TAG = "engine"
 GATHER_BYTES = 2**29  # of ZeRO-3 parameters at a time
@@ -214,6 +216,11 @@ class TrainEngine:
         self.model.step()
         reported = self.model.get_global_grad_norm()
         return own if reported is None else float(reported)
+
+    def skip(self, steps: int) -> None:
+        """Move the learning rate's schedule on by optimizer steps that have nothing to train on."""
+        for _ in range(steps):
+            self.scheduler.step()
 
     def _norm(self) -> float:
         # In fp32 without ZeRO DeepSpeed clips but does not tell the norm; elsewhere it holds the gradients itself.

@@ -66,6 +66,8 @@ class Learner:
         trained = self._recomputed(batch, towards) if recompute else self._nothing(batch)
         for units in self.trainee.minibatches(towards.units):
             self._update(batch, units, towards, trained, recompute)
+        # An algorithm may choose fewer rollouts than there are minibatches; the schedule counts on every update.
+        self.engine.skip(self.trainee.updates - len(trained.grad_norms))
         return self._stats(batch, trained, recompute, rate)
 
     def _update(
