@@ -77,6 +77,16 @@ def test_publishing_is_the_formula_and_leaves_the_training_weights_alone(path: s
     assert all(tensor.data_ptr() not in owned for tensor in state.values())
 
 
+def test_the_run_s_seed_draws_the_adapters_of_policy_and_critic(path: str) -> None:
+    for section, part in (("learner", Learner), ("critic", Critic)):
+        drawn = []
+        for seed in (3, 3, 4):
+            trained = part(recipe(path, **{section: {"lora": LORA}}, run={"name": "test", "seed": seed}))
+            [layer] = [p for n, p in trained.engine.model.named_parameters() if "layers.1.mlp.up_proj.lora_A" in n]
+            drawn.append(layer.detach().clone())
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+
+
 def test_only_the_adapters_of_the_named_layers_are_trained(path: str) -> None:
     trained = learner(path, zero=0, lora={**LORA, "target_modules": ["q_proj", "v_proj"]})
     names = [name for name, p in trained.engine.model.module.named_parameters() if p.requires_grad]
@@ -160,7 +170,7 @@ def test_layers_that_hold_their_weight_transposed_or_have_a_bias_merge_too(famil
     plain = AutoModelForCausalLM.from_config(config).eval()
     adapted = AutoModelForCausalLM.from_config(config).eval()
     adapted.load_state_dict(plain.state_dict())
-    add_adapters(adapted, Lora(rank=2, alpha=8))
+    add_adapters(adapted, Lora(rank=2, alpha=8), seed=0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if ".lora_B." in name:

@@ -167,11 +167,13 @@ class TrainEngine:
         *,
         dtype: Literal["float32", "bfloat16"],
         total_steps: int,
+        seed: int,
         process: Process,
     ) -> None:
+        """seed: of the adapters' start, where `config` has some."""
         hf: Any = model.hf  # an HF model, which nn.Module's type does not tell
         if config.lora is not None:
-            add_adapters(hf, config.lora)
+            add_adapters(hf, config.lora, seed)
         join(process)
         self.rank, self.world_size = process.rank, process.world_size
         self.zero = config.zero

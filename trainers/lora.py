@@ -40,10 +40,10 @@ class Published:
         return merged.to("cpu", self.weight.dtype)
 
 
-def add_adapters(hf: Any, lora: schema.Lora) -> None:
+def add_adapters(hf: Any, lora: schema.Lora, seed: int) -> None:
     """Put adapters into the linear layers of `hf`, in place, and freeze all else but the head of a classifier.
 
-    B starts at 0, so they change nothing yet; A is drawn with seed 0, whatever the run's seed. Raises
+    B starts at 0, so they change nothing yet; A is drawn with `seed`, which is to be the same on all ranks. Raises
     UserError for target modules that the model does not have.
     """
     import peft  # noqa: PLC0415  # slow to import, and few runs need it
@@ -64,7 +64,7 @@ def add_adapters(hf: Any, lora: schema.Lora) -> None:
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in linear.values()),
     )
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(0)  # ZeRO 3 takes each rank's part of A from that rank: alike on all
+        torch.default_generator.manual_seed(seed)  # ZeRO 3 takes each rank's part of A from that rank: alike on all
         peft.inject_adapter_in_model(config, hf.base_model)
     if (head := hf.get_output_embeddings()) is not None:
         head.requires_grad_(False)

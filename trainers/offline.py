@@ -286,9 +286,8 @@ def _trained(
     started = time.monotonic()
     torch.manual_seed(config.seed)
     budget, steps = config.engine.token_budget, config.epochs * math.ceil(len(train) / config.batch)
-    engine = TrainEngine(
-        _model(task.kind, task.base, config), config.engine, dtype=config.dtype, total_steps=steps, process=process
-    )
+    model = _model(task.kind, task.base, config)
+    engine = TrainEngine(model, config.engine, dtype=config.dtype, total_steps=steps, seed=config.seed, process=process)
     objective = task.objective(engine, kept)
     before = float(kept.once("loss_before", lambda: evaluate(engine, objective, holdout, budget)[0]))
     if kept.latest is None:

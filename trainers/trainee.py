@@ -41,6 +41,7 @@ class Trainee:
             config,
             dtype=recipe.model.dtype,
             total_steps=(total_steps or recipe.run.steps) * self.updates,
+            seed=recipe.run.seed,
             process=process,
         )
         self.width = tree_width(self.engine.hf) if config.share_prompts else None
