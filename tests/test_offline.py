@@ -210,6 +210,28 @@ def test_an_output_with_other_things_in_it_is_refused_before_anything_is_trained
     assert weights(start) == before and (tmp_path / "data/data.jsonl").exists() and (tmp_path / "file").exists()
 
 
+@pytest.mark.parametrize("told", ["", "[]", '{"accuracy": 0.5}', '{"kind": "reward", "config_hash": "0"}'])
+def test_an_output_whose_result_another_program_wrote_is_refused(path: str, tmp_path: Path, told: str) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench/result.json").write_text(told)
+    (tmp_path / "bench/log").write_text("mine")
+    with pytest.raises(UserError, match="bench: holds a result.json that no training of Headroom wrote; give another"):
+        train_reward(offline(tmp_path / "bench"), path, preferences(40))
+    assert (tmp_path / "bench/log").read_text() == "mine"
+
+
+def test_an_output_is_replaced_by_its_own_command_only(path: str, tmp_path: Path) -> None:
+    rows = preferences(40)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/result.json").write_text("{}\n")  # as the demo's random start has it
+    first = train_reward(offline(tmp_path / "out"), path, rows)
+    assert train_reward(offline(tmp_path / "out", seed=1), path, rows).config_hash != first.config_hash
+    before = weights(tmp_path / "out")
+    with pytest.raises(UserError, match="out: holds what headroom reward has trained; give another directory"):
+        train_sft(offline(tmp_path / "out"), path, rows)
+    assert weights(tmp_path / "out") == before
+
+
 @pytest.mark.parametrize("content", ["", '{"loss": 1', "{}", "[]", '{"seconds": 3}'])
 def test_a_result_that_is_not_ours_is_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "result.json").write_text(content)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -34,11 +33,10 @@ from trainers.objectives import (
     sft_objective,
     shared_length,
 )
-from trainers.results import RESULT, Result, load_result, training_hash, wilson
+from trainers.results import RESULT, Kind, Result, foreign, load_result, training_hash, wilson
 from trainers.rundir import RunDir
 from trainers.unfinished import Unfinished, holds, unfinished
 
-Kind = Literal["sft", "reward", "dpo"]
 Log = Callable[[str], None]
 Note = Callable[[int, Mapping[str, float]], None]  # values at an optimizer step
 Track = Callable[[RunDir, int], AbstractContextManager[Note]]  # where records lie, and the step they go on after
@@ -246,7 +244,7 @@ def _train(task: Task, process: Process, log: Log, track: Track) -> Result:
     if process.world_size > 1:
         raise ValueError("supervised trainings are of one rank: their checkpoints and locks are")
     config = task.config
-    _check_output(config.output, task.base)
+    _check_output(config.output, task.base, task.kind)
     digest = training_hash(task.kind, config, task.base, task.rows, task.margins)
     cached = load_result(config.output, digest)
     if cached:
@@ -263,13 +261,18 @@ def _train(task: Task, process: Process, log: Log, track: Track) -> Result:
     return result
 
 
-def _check_output(path: str, base: str) -> None:
+def _check_output(path: str, base: str, kind: Kind) -> None:
     """Refuse an output that would cost the user what lies there: `_write` replaces the whole directory."""
     output = Path(path)
     if output.resolve() == Path(base).expanduser().resolve():
         raise UserError(f"{path}: output is the start weights themselves; give another directory")
-    if output.exists() and not (output / RESULT).is_file() and (output.is_file() or any(output.iterdir())):
-        raise UserError(f"{path}: holds something that is no training's result; give another directory, or empty it")
+    held = None
+    if (output / RESULT).is_file():
+        held = foreign(output / RESULT, kind)
+    elif output.is_file() or (output.is_dir() and any(output.iterdir())):
+        held = "something that is no training's result"
+    if held:
+        raise UserError(f"{path}: holds {held}; give another directory, or empty it")
 
 
 def _trained(

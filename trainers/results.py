@@ -3,10 +3,11 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from configs.schema import Offline
 from trainers.objectives import Rows
 
 RESULT = "result.json"
+Kind = Literal["sft", "reward", "dpo"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,23 @@ def load_result(output: str | Path, config_hash: str) -> Result | None:
     if not result.holdout_rows:  # null in the file
         result = replace(result, loss=math.nan, loss_before=math.nan)
     return result if result.config_hash == config_hash else None
+
+
+def foreign(path: Path, kind: Kind) -> str | None:
+    """Return in words what a `result.json` is if no training of this `kind` wrote it, None if one did.
+
+    {} is none's: the demo writes it beside random weights that such a training is still to replace.
+    """
+    try:
+        told = json.loads(path.read_text())
+    except ValueError:
+        told = None
+    if told == {}:
+        return None
+    known = isinstance(told, dict) and told.get("kind") in get_args(Kind)
+    if not known or not re.fullmatch("[0-9a-f]{64}", str(told.get("config_hash"))):
+        return f"a {path.name} that no training of Headroom wrote"
+    return None if told["kind"] == kind else f"what headroom {told['kind']} has trained"
 
 
 def training_hash(kind: str, config: Offline, base: str, rows: Rows, margins: Sequence[float] | None = None) -> str:
