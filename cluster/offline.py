@@ -11,7 +11,7 @@ import torch
 from configs.errors import UserError
 from configs.schema import Offline, Recipe
 from trainers.comparisons import choices, rankings
-from trainers.data import Examples, load_demonstrations, load_pairs, load_rows, load_tokenizer
+from trainers.data import Examples, load_demonstrations, load_pairs, load_rows, load_tokenizer, margins_of
 from trainers.objectives import Rows
 from trainers.offline import Track, train_dpo, train_reward, train_sft
 from trainers.results import Result
@@ -65,11 +65,10 @@ def _reward(name: str, config: Offline, recipe: Recipe) -> Result:
         keys = [ranking.prompt for ranking in ranked.items]
     else:
         pairs = load_pairs(config.data, tokenizer, config.max_length)
+        margins = margins_of(pairs.items, config.data) if config.loss == "margin" else None
         track = _start(recipe, f"reward model {name}", config, pairs)
         rows = [(pair.chosen, pair.rejected) for pair in pairs.items]
         keys = [pair.prompt for pair in pairs.items]
-        known = [pair.margin for pair in pairs.items if pair.margin is not None]
-        margins = known if len(known) == len(rows) else None
     result = train_reward(config, base, rows, keys, margins=margins, log=log.info, track=track)
     _say(config, result)
     return result

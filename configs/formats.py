@@ -7,6 +7,7 @@ row that is well formed but of no use (a tie, an empty answer, no common prompt)
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -53,7 +54,7 @@ def refusal(data: Data) -> str | None:
 
 def parse_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], data: Data) -> Iterator[Row]:
     """Yield what `data` sees in raw (where, row), in order and without reading ahead; raises as `parse_row` does."""
-    parsed = (row for where, raw in rows if (row := parse_row(raw, data, where)) is not None)
+    parsed = (replace(row, where=where) for where, raw in rows if (row := parse_row(raw, data, where)) is not None)
     return paired(parsed) if data.format == "helpsteer2" else parsed
 
 
@@ -68,8 +69,7 @@ def parse_row(row: Mapping[str, Any], data: Data, where: str) -> Row | None:
         case "messages":
             return _conversation(_turns(row, data.column, where), row)
         case "pairs":
-            names = ("prompt", "chosen", "rejected", *(["margin"] if "margin" in row else []))
-            return mapped(row, {name: name for name in names}, where)
+            return mapped(row, {name: name for name in ("prompt", "chosen", "rejected", "margin")}, where)
         case "columns":
             return mapped(row, dict(data.columns.items()), where)
         case "hh":
@@ -101,9 +101,7 @@ def mapped(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Ro
     chosen, rejected = (
         _answer(row, columns[name], where) if name in columns else None for name in ("chosen", "rejected")
     )
-    margin = _number(row, columns["margin"], where) if "margin" in columns else None
-    if margin is not None and margin < 0:
-        raise UserError(f"{where}: malformed row: {columns['margin']!r} must not be negative: chosen is the better one")
+    margin = _margin(row, columns["margin"], where) if "margin" in columns else None
     if chosen is not None and chosen == rejected:
         return None
     return Row(messages=messages, chosen=chosen, rejected=rejected, margin=margin, fields=row)
@@ -165,7 +163,7 @@ def paired(rated: Iterable[Row]) -> Iterator[Row]:
         scored = [(float(row.fields["helpfulness"]), row.chosen or "") for row in rows]
         fields = {"prompt": rows[0].fields["prompt"], "rated": [row.fields for row in rows]}
         if preference := _ranked(messages, scored, fields):
-            yield preference
+            yield replace(preference, where=rows[0].where)
 
 
 def helpsteer2_preference(row: Mapping[str, Any], where: str) -> Row | None:
@@ -308,6 +306,16 @@ def _number(row: Mapping[str, Any], column: str, where: str) -> float:
     if (number := _finite(value)) is None:
         raise UserError(f"{where}: malformed row: {column!r} must be a number, not {kind(value)}; correct the row")
     return number
+
+
+def _margin(row: Mapping[str, Any], column: str, where: str) -> float | None:
+    """Return by how much chosen is better; None where the row does not say: an empty cell, or no such column."""
+    if row.get(column) in (None, ""):
+        return None
+    margin = _number(row, column, where)
+    if margin < 0:
+        raise UserError(f"{where}: malformed row: {column!r} must not be negative: chosen is the better one")
+    return margin
 
 
 def _finite(value: Any) -> float | None:

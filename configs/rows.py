@@ -8,7 +8,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TextIO, TypedDict
 
 from configs.errors import UserError
@@ -33,6 +33,7 @@ class Row:
     rejected: str | None = None
     margin: float | None = None  # by how much chosen is better, in the dataset's unit, never negative
     ranked: tuple[str, ...] | None = None  # best first, no two equally good, chosen first and rejected last
+    where: str = field(default="", compare=False)  # file and line, for errors
 
 
 def is_file(path: str) -> bool:

@@ -17,6 +17,7 @@ from trainers.data import (
     load_demonstrations,
     load_pairs,
     load_rows,
+    margins_of,
     prompt_ids,
     rows_hash,
     with_system,
@@ -97,6 +98,24 @@ def test_pairs_and_demonstrations_are_rendered_as_they_are_scored_and_sampled(tm
     np.testing.assert_array_equal(whole, pairs.items[0].chosen)
     with pytest.raises(UserError, match="all 2 examples are longer than 3 tokens"):
         load_pairs(data, tokenizer, 3)
+
+
+def test_rows_without_a_margin_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
+    content: list[dict[str, object]] = [
+        {"prompt": f"q{i}", "chosen": "a", "rejected": "b", "margin": i} for i in range(5)
+    ]
+    del content[2]["margin"]
+    content[4]["margin"] = None
+    partly = Data(path=write(tmp_path / "partly.jsonl", content), format="pairs")
+    names = {"prompt": "q", "chosen": "c", "rejected": "r", "margin": "m"}
+    (tmp_path / "empty.csv").write_text("q,c,r,m\none,a,b,2\ntwo,a,b,\n")
+    empty = Data(path=str(tmp_path / "empty.csv"), format="columns", columns=names)
+    for data, says in ((partly, r"2 of 5 rows .* first is .*partly\.jsonl:3; fill"), (empty, r"1 of 2 .*csv:3; fill")):
+        pairs = load_pairs(data, tiny_tokenizer(), 100).items
+        with pytest.raises(UserError, match=says):
+            margins_of(pairs, data)
+        known = [pair for pair in pairs if pair.margin is not None]
+        assert margins_of(known, data) == [pair.margin for pair in known]
 
 
 def test_splits_are_disjoint_by_prompt_and_cover_their_shares(tmp_path: Path) -> None:

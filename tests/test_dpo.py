@@ -13,10 +13,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from actors.reward import RewardActor, build
+from cluster import offline
 from cluster.__main__ import main
 from configs.errors import UserError
 from configs.rows import Row, Turn
-from configs.schema import Data, EvalScorer, Offline, Reward, RewardComponent
+from configs.schema import Data, EvalScorer, Offline, Recipe, Reward, RewardComponent
 from tests import ranks, tiny
 from trainers.comparisons import choices, rankings
 from trainers.models import load_policy
@@ -281,3 +282,22 @@ def test_rankings_and_margins_come_from_the_rows(tmp_path: Path, monkeypatch: py
         assert scores == sorted(scores, reverse=True)
     else:
         assert result["loss_before"] > 3 and scores[0] - scores[2] > 3, "as far apart as the margin says, about"
+
+
+def test_margins_that_are_missing_from_some_rows_are_counted_before_anything_is_trained(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no", "margin": 1.0} for i in range(6)]
+    for number in (3, 5):
+        del rows[number]["margin"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "rows.jsonl"), "format": "pairs"}
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "case"},
+            "model": {"path": tiny.policy(tmp_path / "policy")},
+            "data": {"path": "none"},
+            "reward_models": {"rm": {"output": str(tmp_path / "rm"), "data": data, "loss": "margin"}},
+        }
+    )
+    with pytest.raises(UserError, match=r"2 of 6 rows have no margin, the first is .*rows\.jsonl:4; fill them in"):
+        offline.reward(recipe, ["rm"])
+    assert not list(tmp_path.glob("rm*"))

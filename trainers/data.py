@@ -31,6 +31,7 @@ class Pair:
     chosen: Ints  # (C,)
     rejected: Ints  # (R,)
     margin: float | None = None  # by how much the chosen one was found better
+    where: str = ""  # file and line, for errors
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,9 +156,21 @@ def load_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) 
                 chosen=np.array(chosen, np.int32),
                 rejected=np.array(rejected, np.int32),
                 margin=row.margin,
+                where=row.where,
             )
         )
     return fitting(pairs, [max(len(p.chosen), len(p.rejected)) for p in pairs], max_length, rows, data)
+
+
+def margins_of(pairs: Sequence[Pair], data: Data) -> list[float]:
+    """Return the margin of each pair, for loss margin. Raises UserError if some have none."""
+    without = [pair.where for pair in pairs if pair.margin is None]
+    if without:
+        raise UserError(
+            f"{data.path}: {len(without)} of {len(pairs)} rows have no margin, the first is {without[0]}; "
+            "fill them in, or take loss=bradley_terry"
+        )
+    return [pair.margin for pair in pairs if pair.margin is not None]
 
 
 def load_demonstrations(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Examples[Demonstration]:
