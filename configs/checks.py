@@ -6,7 +6,8 @@ from typing import Literal
 
 from configs.algorithms import FACTS
 from configs.errors import UserError
-from configs.schema import Algorithm, EvalScorer, Offline, Recipe, RewardComponent, SamplingParams
+from configs.formats import lacking
+from configs.schema import Algorithm, Data, EvalScorer, Offline, Recipe, RewardComponent, SamplingParams
 
 # Fields of vLLM's SamplingParams after which a plain softmax is not what was sampled from.
 RESHAPING = (
@@ -91,6 +92,23 @@ def check_loss(key: str, training: Offline, command: Literal["sft", "reward", "d
             raise UserError(f"{key}.{name}: headroom {command} does not read it, headroom dpo does; leave it out")
     if training.loss != "margin" and training.margin_scale != Offline.model_fields["margin_scale"].default:
         raise UserError(f"{key}.margin_scale: it scales what loss margin reads; set {key}.loss=margin, or leave it out")
+
+
+def check_data(key: str, training: Offline, command: Literal["sft", "reward", "dpo"]) -> None:
+    """Refuse data without what this kind of training needs, and keys of the section that it does not read."""
+    data = training.data
+    if wrong := lacking(data, preferences=command != "sft"):
+        raise UserError(f"{key}.data.{wrong}")
+    if data.max_prompt_tokens != Data.model_fields["max_prompt_tokens"].default:
+        raise UserError(
+            f"{key}.data.max_prompt_tokens: headroom {command} does not read it, {key}.max_length bounds prompt and "
+            "completion together; leave it out"
+        )
+    if command == "reward" and data.render != Data.model_fields["render"].default:
+        raise UserError(
+            f"{key}.data.render: headroom reward does not read it: a reward model's texts are in its tokenizer's chat "
+            "template, or plain where there is none; leave it out"
+        )
 
 
 def check_options(algorithm: Algorithm) -> None:

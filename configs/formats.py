@@ -35,6 +35,9 @@ _CALCULATOR = re.compile(r"<<[^<>]*>>")
 def refusal(data: Data) -> str | None:
     """Return what is wrong with a data section in itself, the key first; None if nothing is."""
     given = data.columns
+    if data.column != Data.model_fields["column"].default and data.format not in ("prompt", "messages"):
+        hint = "name it in columns" if data.format == "columns" else "leave it out"
+        return f"column: format {data.format!r} does not read it, prompt and messages do; {hint}"
     if data.streaming and data.limit is None:
         return "limit: streaming takes the first rows of a dataset; say how many with limit"
     if data.streaming and is_file(data.path):
@@ -50,6 +53,17 @@ def refusal(data: Data) -> str | None:
     if "chosen" not in given and given.keys() & {"rejected", "margin"}:
         return "columns: rejected and margin are of use beside chosen only; name its column too"
     return None
+
+
+def lacking(data: Data, *, preferences: bool) -> str | None:
+    """Return why rows of `data` have no completions, or no preferences, the key first; None if they should have."""
+    known, what = (PREFERENCES, "preference pairs") if preferences else (COMPLETIONS, "completions")
+    if data.format not in known:
+        return f"format: {data.format!r} rows hold no {what}; use one of {', '.join(known)}"
+    wanted = ("chosen", "rejected") if preferences else ("chosen",)
+    if data.format != "columns" or "completions" in data.columns or data.columns.keys() >= set(wanted):
+        return None
+    return f"columns: {what} are read from {' and '.join(wanted)}, or completions and scores; name their columns too"
 
 
 def parse_rows(rows: Iterable[tuple[str, Mapping[str, Any]]], data: Data) -> Iterator[Row]:
@@ -249,7 +263,8 @@ def _cut(transcript: str) -> tuple[str, str]:
 def _column(row: Mapping[str, Any], column: str, where: str) -> Any:
     if column not in row:
         raise UserError(
-            f"{where}: no column {column!r}; found {', '.join(map(str, row)) or 'none'}; set data.column or data.format"
+            f"{where}: no column {column!r}; found {', '.join(map(str, row)) or 'none'}; "
+            "set data.format, data.column or data.columns"
         )
     return row[column]
 

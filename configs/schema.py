@@ -56,7 +56,7 @@ class Data(Section):
     path: str
     """A .jsonl, .jsonl.gz, .csv or .parquet file, or a public dataset id."""
     name: str | None = None
-    """Configuration of a public dataset (its `name` or `data_dir`)."""
+    """Configuration of a public dataset (its `name` or `data_dir`); ignored for files."""
     source_split: str = "train"
     """Split of the public dataset; ignored for files."""
     format: Literal[
@@ -79,10 +79,11 @@ class Data(Section):
     columns: dict[Literal["prompt", "chosen", "rejected", "margin", "completions", "scores"], str] = {}
     """Of format columns: which column is what, for example {prompt: question, chosen: best, rejected: worst}."""
     render: Literal["chat", "text"] = "chat"
-    """chat: the tokenizer's chat template; text: the prompt string as it is."""
+    """chat: the tokenizer's chat template; text: the prompt string as it is. Reward models read the
+    template if there is one."""
     system_prompt: str | None = None
     max_prompt_tokens: int = Field(512, ge=1)
-    """Longer prompts are left out, counted and reported."""
+    """Longer prompts are left out, counted and reported; supervised trainings have a max_length of their own."""
     splits: dict[str, float] = {}
     """Shares by name, drawn by a hash of the prompt, so a prompt is in one split only."""
     split: str | None = None

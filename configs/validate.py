@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from configs.algorithms import FACTS, check, check_action
 from configs.checks import (
+    check_data,
     check_loss,
     check_options,
     check_outputs,
@@ -25,7 +26,7 @@ from configs.checks import (
     check_unique,
 )
 from configs.errors import UserError
-from configs.formats import COMPLETIONS, PREFERENCES, parse_rows, refusal
+from configs.formats import parse_rows, refusal
 from configs.machine import check_machine
 from configs.rows import is_file, prompt_text, read_rows, split_of
 from configs.schema import Data, EvalScorer, Offline, Recipe, RewardComponent, SamplingParams
@@ -145,16 +146,15 @@ def _offline(recipe: Recipe, command: Command) -> dict[str, Offline]:
     if command == "sft":
         if recipe.sft is None:
             raise UserError("sft: the recipe has no such section; add one with output and data")
-        trainings, formats = {"sft": recipe.sft}, COMPLETIONS
+        trainings = {"sft": recipe.sft}
     elif command == "reward":
         if not recipe.reward_models:
             raise UserError("reward_models: the recipe names none; add an entry with output and data")
         trainings = {f"reward_models.{name}": training for name, training in recipe.reward_models.items()}
-        formats = PREFERENCES
     elif command == "dpo":
         if recipe.dpo is None:
             raise UserError("dpo: the recipe has no such section; add one with output and data")
-        trainings, formats = {"dpo": recipe.dpo}, PREFERENCES
+        trainings = {"dpo": recipe.dpo}
     else:
         return {}
     check_outputs(recipe)
@@ -165,11 +165,7 @@ def _offline(recipe: Recipe, command: Command) -> dict[str, Offline]:
                 f"{key}.engine.ranks: {training.engine.ranks} ranks, but headroom {command} trains in one process; "
                 f"set {key}.engine.ranks=1"
             )
-        if training.data.format not in formats:
-            raise UserError(
-                f"{key}.data.format: {training.data.format!r} rows hold no "
-                f"{'completions' if command == 'sft' else 'preference pairs'}; use one of {', '.join(formats)}"
-            )
+        check_data(key, training, command)
     return trainings
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from configs.checks import check_loss, check_source
+from configs.checks import check_data, check_loss, check_source
 from configs.errors import UserError
 from configs.schema import EvalScorer, Offline, Recipe, RewardComponent
 from configs.validate import validate
@@ -38,6 +38,40 @@ def test_a_loss_of_its_own_is_not(loss: str | None) -> None:
     check_loss("reward_models.a", training(loss=loss, beta=0.1), "reward")
     check_loss("reward_models.a", training(loss="margin", margin_scale=0.3), "reward")
     check_loss("dpo", training(loss="ipo", beta=0.5, label_smoothing=0.2), "dpo")
+
+
+@pytest.mark.parametrize(
+    ("command", "data", "says"),
+    [
+        ("sft", {"format": "prompt"}, "data.format: 'prompt' rows hold no completions; use one of pairs, "),
+        ("dpo", {"format": "gsm8k"}, "data.format: 'gsm8k' rows hold no preference pairs; use one of pairs, "),
+        ("sft", {"columns": {"prompt": "q"}}, "data.columns: completions are read from chosen, or completions"),
+        ("dpo", {"columns": {"prompt": "q"}}, "data.columns: preference pairs are read from chosen and rejected"),
+        ("reward", {"columns": {"prompt": "q", "chosen": "c"}}, "or completions and scores; name their columns"),
+        ("sft", {"max_prompt_tokens": 9}, "data.max_prompt_tokens: headroom sft does not read it"),
+        ("dpo", {"max_prompt_tokens": 9}, "data.max_prompt_tokens: headroom dpo does not read it"),
+        ("reward", {"max_prompt_tokens": 9}, "a.max_length bounds prompt and completion together; leave it out"),
+        ("reward", {"render": "text"}, "a.data.render: headroom reward does not read it"),
+    ],
+)
+def test_data_that_a_training_cannot_use_or_would_ignore_are_refused(
+    command: Any, data: Mapping[str, Any], says: str
+) -> None:
+    of = training(data={"path": "p.jsonl", "format": "columns" if "columns" in data else "pairs", **data})
+    with pytest.raises(UserError) as refused:
+        check_data("reward_models.a", of, command)
+    assert str(refused.value).startswith("reward_models.a.data.") and says in str(refused.value)
+
+
+def test_data_that_a_training_reads_are_not() -> None:
+    def of(**data: Any) -> Offline:
+        return training(data={"path": "p.jsonl", "format": "columns" if "columns" in data else "pairs", **data})
+
+    check_data("sft", of(columns={"prompt": "q", "chosen": "c"}, render="text", max_prompt_tokens=512), "sft")
+    check_data("dpo", of(columns={"prompt": "q", "chosen": "c", "rejected": "r"}, render="text"), "dpo")
+    for command in ("sft", "reward", "dpo"):
+        check_data("a", of(columns={"prompt": "q", "completions": "c", "scores": "s"}), command)
+        check_data("a", of(name="part"), command)
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def make_recipe(where: Path) -> None:
         (where / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (where / "rules.py").write_text(RULES)
     data = {"path": "prompts.jsonl", "render": "text"}
+    preferences = {"path": "pairs.jsonl", "format": "pairs"}
     offline = {
-        "data": {"path": "pairs.jsonl", "format": "pairs", "render": "text"},
         "batch": 8,
         "epochs": 8,
         "engine": {"zero": 0, "threads": 1, "optimizer": {"learning_rate": 1e-2}},
@@ -45,8 +45,8 @@ def make_recipe(where: Path) -> None:
         },
         # Absolute: MLflow keeps one store a process for each address, whatever directory a later test works in.
         "tracking": {"uri": f"sqlite:///{where}/mlflow.db"},
-        "sft": {"output": "tuned", **offline},
-        "reward_models": {"proxy": {"output": "proxy", **offline}},
+        "sft": {"output": "tuned", "data": {**preferences, "render": "text"}, **offline},
+        "reward_models": {"proxy": {"output": "proxy", "data": preferences, **offline}},
     }
     (where / "recipe.yaml").write_text(yaml.safe_dump(tree))
 

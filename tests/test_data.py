@@ -118,6 +118,16 @@ def test_rows_without_a_margin_are_counted_and_the_first_is_named(tmp_path: Path
         assert margins_of(known, data) == [pair.margin for pair in known]
 
 
+def test_a_conversation_without_an_answer_is_named(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    data = Data(path=write(tmp_path / "c.jsonl", [{"prompt": turns}, {"prompt": turns[:1]}]), format="messages")
+    with pytest.raises(UserError, match=r"c\.jsonl:2: the row holds no completion: its last turn is not"):
+        load_demonstrations(data, tiny_tokenizer(chat=True), 100)
+    columns = data.model_copy(update={"format": "columns", "columns": {"prompt": "prompt"}})
+    with pytest.raises(UserError, match=r"c\.jsonl: data\.columns: completions are read from chosen, or"):
+        load_demonstrations(columns, tiny_tokenizer(chat=True), 100)
+
+
 def test_splits_are_disjoint_by_prompt_and_cover_their_shares(tmp_path: Path) -> None:
     content: list[dict[str, object]] = [{"prompt": f"question {i % 300}"} for i in range(600)]
     path = write(tmp_path / "prompts.jsonl", content)

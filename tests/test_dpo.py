@@ -210,7 +210,7 @@ def test_rankings_are_read_as_they_are_ordered_and_a_pair_is_one_of_two() -> Non
     assert (prompt.tolist(), len(chosen), len(rejected)) == (found.items[0].texts[0][:1].tolist(), 2, 4)
     assert chosen[-1] == rejected[-1] == tiny.tokenizer().eos_token_id
     for read in (rankings, choices):
-        with pytest.raises(UserError, match="no preferences"):
+        with pytest.raises(UserError, match="the row holds no preference; correct or delete it"):
             read([Row(messages=turns, fields={}, chosen="a")], DATA, tiny.tokenizer(), 64)
 
 

@@ -267,6 +267,8 @@ def test_a_row_of_another_format_names_the_column(format: str, row: dict[str, An
             "columns: chosen, rejected and margin follow",
         ),
         ({"format": "columns", "columns": {"prompt": "q", "rejected": "r"}}, "columns: rejected and margin"),
+        ({"format": "pairs", "column": "q"}, "column: format 'pairs' does not read it"),
+        ({"format": "columns", "column": "q", "columns": {"prompt": "q"}}, "messages do; name it in columns"),
     ],
 )
 def test_a_data_section_that_cannot_work_is_refused(data: dict[str, Any], says: str) -> None:

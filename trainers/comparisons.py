@@ -6,11 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from configs.errors import UserError
-from configs.formats import PREFERENCES
 from configs.rows import Row, prompt_text
 from configs.schema import Data
-from trainers.data import Examples, completion_ids, conversation_ids, fitting, prompt_ids, with_system
+from trainers.data import Examples, completion_ids, conversation_ids, fitting, prompt_ids, unusable, with_system
 from trainers.types import Ints
 
 
@@ -73,6 +71,5 @@ def choices(rows: Sequence[Row], data: Data, tokenizer: PreTrainedTokenizerBase,
 
 def _pair(row: Row, data: Data) -> tuple[str, str]:
     if row.chosen is None or row.rejected is None:
-        known = ", ".join(PREFERENCES)
-        raise UserError(f"{data.path}: format {data.format!r} has no preferences; set data.format to one of {known}")
+        raise unusable(row, data, preferences=True)
     return row.chosen, row.rejected

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from configs.errors import UserError
-from configs.formats import COMPLETIONS, FOLDERS, PREFERENCES, parse_rows, refusal
+from configs.formats import FOLDERS, lacking, parse_rows, refusal
 from configs.rows import Row, is_file, prompt_text, read_rows, split_of
 from configs.schema import Data
 from trainers.types import Ints, Message, Prompt
@@ -143,10 +143,7 @@ def load_pairs(data: Data, tokenizer: PreTrainedTokenizerBase, max_length: int) 
     pairs = []
     for number, row in enumerate(rows):
         if row.chosen is None or row.rejected is None:
-            raise UserError(
-                f"{data.path}: format {data.format!r} has no preferences; set data.format to one of "
-                f"{', '.join(PREFERENCES)}"
-            )
+            raise unusable(row, data, preferences=True)
         messages = with_system(row.messages, data.system_prompt)
         chosen, rejected = (conversation_ids(tokenizer, messages, text) for text in (row.chosen, row.rejected))
         pairs.append(
@@ -182,14 +179,20 @@ def load_demonstrations(data: Data, tokenizer: PreTrainedTokenizerBase, max_leng
     items = []
     for number, row in enumerate(rows):
         if row.chosen is None:
-            raise UserError(
-                f"{data.path}: no completions in its rows; set data.format to one of {', '.join(COMPLETIONS)}"
-            )
+            raise unusable(row, data, preferences=False)
         messages = with_system(row.messages, data.system_prompt)
         prompt = prompt_ids(tokenizer, messages, data.render)
         completion = completion_ids(tokenizer, messages, row.chosen, data.render)
         items.append(Demonstration(uid=f"p{number}", prompt=prompt, completion=completion))
     return fitting(items, [len(i.prompt) + len(i.completion) for i in items], max_length, rows, data)
+
+
+def unusable(row: Row, data: Data, *, preferences: bool) -> UserError:
+    """Return the error for a row without a preference, or a completion: is the section to be mended, or the row?"""
+    if wrong := lacking(data, preferences=preferences):
+        return UserError(f"{data.path}: data.{wrong}")
+    what = "preference" if preferences else "completion: its last turn is not the assistant's"
+    return UserError(f"{row.where or data.path}: the row holds no {what}; correct or delete it")
 
 
 def with_system(messages: Sequence[Message], system_prompt: str | None) -> tuple[Message, ...]:
