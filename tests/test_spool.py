@@ -1,6 +1,7 @@
 """The spool: nothing lost, nothing twice, whatever the server does."""
 
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -103,6 +104,31 @@ def test_a_refused_record_is_set_aside_and_holds_up_no_other(
     assert store.kept == records(1, 3)
     assert list(read(tmp_path / "metrics.rejected.jsonl")) == records(-2)
     assert "negative" in caplog.text
+
+
+@pytest.mark.parametrize("goes_away", [True, False])
+def test_a_delivery_that_ends_after_the_spool_and_its_directory_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, goes_away: bool
+) -> None:
+    asked, answer = threading.Event(), threading.Event()
+
+    class Slow(Store):
+        def send(self, records: Sequence[Record]) -> None:
+            asked.set()
+            assert answer.wait(30)
+            if goes_away:
+                raise UnavailableError("is not reachable")
+
+    raised: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+    (tmp_path / "run").mkdir()
+    spool = Spool(tmp_path / "run" / "metrics.jsonl", Slow(), Outages("store"))
+    spool.append(records(1))
+    assert asked.wait(30) and spool.close(0) == 1
+    shutil.rmtree(tmp_path / "run")
+    answer.set()
+    spool._thread.join(30)
+    assert not spool._thread.is_alive() and not raised and not caplog.messages
 
 
 def test_rolled_back_points_are_dropped_and_repeated_ones_replaced(tmp_path: Path) -> None:

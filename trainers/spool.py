@@ -142,7 +142,11 @@ class Spool:
                     receiver = self._sink.open()
                     self._sent = self._progress(receiver)
                 self._pass_on(receiver)
-            except UnavailableError as problem:
+            except (UnavailableError, FileNotFoundError) as problem:
+                if self._stopped:  # meanwhile: `close` has told what remains, and the directory may be gone since
+                    return
+                if isinstance(problem, FileNotFoundError):
+                    raise
                 self._outages.away(self.path, str(problem))
                 self._rest(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
