@@ -59,7 +59,7 @@ def two_ranks(path: str, directory: Path, learner: dict[str, Any], runs: Sequenc
         for rank in range(2)
     ]
     try:
-        outputs = [rank.communicate(timeout=200)[0] for rank in ranks]
+        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -67,6 +67,7 @@ def two_ranks(path: str, directory: Path, learner: dict[str, Any], runs: Sequenc
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ranks_zero_stages_and_token_budgets_train_the_same_policy(path: str, tmp_path: Path) -> None:
     one = tmp_path / "one"
     one.mkdir()

@@ -121,6 +121,7 @@ def test_a_loaded_learner_goes_on_bit_equal(path: str, tmp_path: Path, zero: int
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ranks_and_zero_stages_train_the_same_adapters(path: str, tmp_path: Path) -> None:
     settings = {"lora": LORA, "optimizer": {"learning_rate": 1e-3, "warmup_steps": 1}}
     train_and_publish(path, (("grpo", 0),), 0, 1, 0, str(tmp_path), {"token_budget": 10_000, **settings})

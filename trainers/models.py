@@ -60,8 +60,10 @@ class PolicyModel(nn.Module):
     def _score(
         self, hidden: Tensor, targets: Tensor, temperature: float, entropy_gradient: bool
     ) -> tuple[Tensor, Tensor]:
+        # The head is not called: ZeRO 3 wants the same calls of modules on all ranks, which differ in their chunks.
+        head = self.hf.lm_head
         # One name for logits and log-probs, so that the former are freed before more is made.
-        scores = _finish(self.hf.lm_head(hidden).float(), self.hf.config.get_text_config())
+        scores = _finish(nn.functional.linear(hidden, head.weight, head.bias).float(), self.hf.config.get_text_config())
         if temperature != 1.0:  # spares a pass over the vocabulary
             scores = scores / temperature
         scores = scores.log_softmax(-1)
