@@ -1,7 +1,8 @@
 """What the journal saves and keeps, on disk and without actors."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from trainers.pins import Pins
 from trainers.rundir import RunDir
 from trainers.sources import read
 from trainers.spool import read as read_spool
+from trainers.spool import read_metrics
 from trainers.targets import KLCoefficient
 from trainers.tracking import Tracker
 from trainers.types import Evaluation, Group, Prompt, Rollout, StepStats, VersionSpan, Weights
@@ -46,6 +48,7 @@ def journal_of(
     shortlisting: bool = False,
     uri: str | None = None,
     kl: KLCoefficient | None = None,
+    components: Sequence[Mapping[str, Any]] = (),
 ) -> RunJournal:
     """Build the journal of a run at `version`; its tracker is real where `uri` says where to. `kl` is the learner's."""
     kl = kl or KLCoefficient(config=KL(), value=1.0)
@@ -66,6 +69,7 @@ def journal_of(
             "run": {"name": "test", "steps": steps, "checkpoint_every": checkpoint_every},
             "model": {"path": "m"},
             "data": {"path": "x.jsonl"},
+            "reward": {"components": [*components]},
             "evaluation": {"every": every, "tasks": [task], "primary": "held/gold"},
             "alarm": {"action": action},
             "tracking": {"uri": uri or "sqlite:///unused.db", "system_metrics": False},
@@ -103,12 +107,27 @@ def take(version: int) -> Take:
     return Take(groups=(Group(prompt=prompt, rollouts=(rollout,)),), discarded=())
 
 
+def judged(version: int, a: Sequence[float], b: Sequence[float]) -> Take:
+    """A step whose rollouts, one a prompt, were scored by two components."""
+    [group] = take(version).groups
+    [rollout] = group.rollouts
+    scored = [
+        replace(rollout, uid=f"e0-p{place}-s0", rewards={"a": x, "b": y}, reward=x + y)
+        for place, (x, y) in enumerate(zip(a, b, strict=True))
+    ]
+    return Take(groups=tuple(replace(group, rollouts=(one,)) for one in scored), discarded=())
+
+
 def weights(version: int) -> Weights:
     return Weights(version=version, hash="", handle=None)
 
 
 async def step(journal: RunJournal, version: int) -> None:
-    await journal.record(take(version), StepStats(loss=0, grad_norm=0, metrics={}, rng_hash=""), weights(version))
+    await trained(journal, take(version), version)
+
+
+async def trained(journal: RunJournal, of: Take, version: int) -> None:
+    await journal.record(of, StepStats(loss=0, grad_norm=0, metrics={}, rng_hash=""), weights(version))
 
 
 async def evaluate(journal: RunJournal, version: int, score: float, prompts: int = 1) -> None:
@@ -266,6 +285,34 @@ def test_two_planned_evaluations_are_too_few_and_no_mistake(tmp_path: Path, capl
     assert not any("nothing is said" in line for line in caplog.messages)
     view = build(read(str(tmp_path / "run")))
     assert "not enough" in page(view, pictures(view)).lower() and view.chosen.version is None
+
+
+MODELS = ({"name": "a", "model": "some/model"}, {"name": "b", "model": "another/model"})
+ENSEMBLES: Mapping[str, tuple[Sequence[Mapping[str, Any]], bool]] = {
+    "two models": (MODELS, True),
+    "one model": (MODELS[:1], False),
+    "a model and a function": ((MODELS[0], {"name": "b", "function": "a:b"}), False),
+}
+
+
+@pytest.mark.parametrize("name", ENSEMBLES)
+def test_an_ensemble_s_disagreement_is_measured_from_the_first_batch_also_after_a_resume(
+    tmp_path: Path, name: str
+) -> None:
+    """In the first batch model a has mean 2 and spread 1, model b mean 20 and spread 10; later a has risen alone."""
+    components, ensemble = ENSEMBLES[name]
+    where, uri = tmp_path / "run", f"sqlite:///{tmp_path}/mlflow.db"
+
+    async def play(version: int, a: Sequence[float], b: Sequence[float]) -> None:
+        journal = journal_of(where, version=version - 1, uri=uri, components=components)
+        await trained(journal, judged(version, a, b), version)
+
+    asyncio.run(play(1, [1, 3], [10, 30]))
+    asyncio.run(play(2, [5, 7], [10, 30]))
+    metrics = read_metrics(RunDir(where).metrics)
+    found = metrics.get("reward/disagreement", [])
+    assert found == ([(1, pytest.approx(0, abs=1e-12)), (2, pytest.approx(4 / 2**0.5))] if ensemble else [])
+    assert metrics["reward/mean_se"] == [(1, pytest.approx(11.0)), (2, pytest.approx(11.0))]
 
 
 def test_numerics_that_fail_end_nothing(

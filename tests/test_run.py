@@ -198,9 +198,10 @@ def _check_tracking(where: Path, run: Path) -> None:
 
 
 EVERY_STEP = (
-    "reward/mean reward/std reward/length/mean kl/reference loss/policy policy/entropy policy/clip_fraction "
-    "policy/grad_norm rollout/staleness_max rollout/staleness_mean rollout/length_mean rollout/truncated_fraction "
-    "rollout/discarded sync/seconds sync/logprob_gap time/step throughput/samples_per_s throughput/tokens_per_s"
+    "reward/mean reward/mean_se reward/std reward/length/mean kl/reference loss/policy policy/entropy "
+    "policy/clip_fraction policy/grad_norm rollout/staleness_max rollout/staleness_mean rollout/length_mean "
+    "rollout/truncated_fraction rollout/discarded sync/seconds sync/logprob_gap time/step "
+    "throughput/samples_per_s throughput/tokens_per_s"
 ).split()
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from configs.schema import Recipe
-from trainers import checkpoint
-from trainers.batch import rollout_metrics
+from trainers import checkpoint, spool
+from trainers.batch import disagreement, rollout_metrics
 from trainers.buffer import Take
 from trainers.evaluations import due_versions, milestones
 from trainers.ledger import Entry, Ledger
@@ -79,6 +79,9 @@ class RunJournal:
         self._shortlisting = shortlisting
         self._curve: Curve | None = None  # of the primary evaluation, as last judged
         self._settled: int | None = None  # the best version, once it was evaluated again
+        models = {of.name: of.weight for of in recipe.reward.components if of.model is not None}
+        self._ensemble = models if len(models) > 1 else {}
+        self._first = first_rewards(rundir.metrics) if version and self._ensemble else {}  # of the run's first batch
         self.latest: float | None = None
         self.state: State | None = None  # of reward and primary evaluation, as last judged
 
@@ -137,8 +140,12 @@ class RunJournal:
         now = time.monotonic()
         seconds, self._finished = now - self._finished, now
         rollouts = [rollout for group in take.groups for rollout in group.sampled]
+        metrics = rollout_metrics(take.groups, weights.version - 1)
+        self._first = self._first or metrics
+        apart = disagreement(rollouts, self._ensemble, self._first)
         return {
-            **rollout_metrics(take.groups, weights.version - 1),
+            **metrics,
+            **({} if apart is None else {"reward/disagreement": apart}),
             **await self._hands.gauges(),
             **stats.metrics,
             "rollout/discarded": float(sum(not gone.uninformative for gone in take.discarded)),
@@ -264,6 +271,12 @@ class RunJournal:
         """The version that is best by the primary evaluation, and its HF model."""
         version = best_version(self._primary) if self._settled is None else self._settled
         return None if version is None else (version, self._pins.path(version))
+
+
+def first_rewards(path: Path) -> dict[str, float]:
+    """Return the first value that counts of each metric of the reward; none where the run has lost them."""
+    metrics = spool.read_metrics(path)
+    return {key: points[0][1] for key, points in metrics.items() if key.startswith("reward/") and points}
 
 
 async def as_coroutine(awaitable: Awaitable[None]) -> None:
