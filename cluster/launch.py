@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import time
@@ -290,10 +291,10 @@ def note_data(recipe: Recipe, rundir: RunDir, tracker: Tracker, cast: Cast) -> N
 
 
 def draw(recipe: Recipe, rundir: RunDir, best: tuple[int, Path] | None) -> Path:
-    """Draw reward, primary evaluation and KL over the policy version; bands are one standard error."""
+    """Draw reward, primary evaluation and KL by policy version; bands are one standard error where one is known."""
     metrics = read_metrics(rundir.metrics)
-    spread, rollouts = dict(metrics.get("reward/std", [])), recipe.loop.batch_prompts * recipe.sampling.n
-    reward = [(version, mean, spread[version] / rollouts**0.5) for version, mean in metrics.get("reward/mean", [])]
+    errors = dict(metrics.get("reward/mean_se", []))
+    reward = [(version, mean, errors.get(version, math.nan)) for version, mean in metrics.get("reward/mean", [])]
     task, _, metric = (recipe.evaluation.primary or "").partition("/")
     primary = [
         (version, float(scores.mean()), float(scores.std(ddof=1) / len(scores) ** 0.5))

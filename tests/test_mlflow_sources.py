@@ -77,6 +77,7 @@ def headroom_run(path: Path, uri: str) -> None:
                 if version:
                     Ledger(rundir.ledger).append(step_of(version, incarnation))
                 tracker.log_metrics(version, {"reward/mean": version / 100 - incarnation, "time/step": 1.0})
+                tracker.log_metrics(version, {"reward/mean_se": 0.02, "reward/tail": 1.75})
                 tracker.log_metrics(version, {"kl/reference": version / 500, "policy/entropy": float("nan")})
                 if version % 10 == 0:
                     tracker.log_evaluations([evaluation(version, shift=5.0 * (incarnation == 0 and version > 50))])
@@ -132,8 +133,9 @@ def test_a_run_of_headroom_says_the_same_from_its_directory_and_from_mlflow(
     for run in (here, there):
         assert run.final is not None and run.final.again.versions.tolist() == [0, 40, 50]
         assert run.final.untouched.versions.tolist() == [0, 50]
+        assert run.series.reward.se is not None and run.series.reward.se == pytest.approx([0.02] * 91)
         assert (run.planned, run.final_version) == (10, 90) and run.name == "mine" and run.seconds == 91
-        assert [early.curve.name for early in run.early_warnings] == ["policy/entropy", "task/length"]
+        assert [early.curve.name for early in run.early_warnings] == ["policy/entropy", "reward/tail", "task/length"]
         assert run.samples[60][0]["completion"] == "answer 60" and run.params["run.steps"] == "90"
     assert here.evaluation_hash == there.evaluation_hash is not None
     assert here.params == there.params

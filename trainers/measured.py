@@ -10,11 +10,14 @@ import numpy as np
 from configs.errors import UserError
 from trainers.mismatch import Answers, Curve, Final, Series, from_means, from_records, from_table
 from trainers.mismatch.alarm import FEWEST
+from trainers.mismatch.series import MOST_MEASURED
 from trainers.mismatch.sources import Table, is_scores
 from trainers.rundir import content_hash
 from trainers.types import Evaluation
 
-Kind = Literal["entropy", "length", "truncation", "repetition", "reward spread"]
+Kind = Literal[
+    "entropy", "length", "truncation", "repetition", "reward spread", "reward tail", "ensemble disagreement"
+]  # fmt: skip
 Points = Sequence[tuple[int, float]]  # (policy version, value)
 
 REWARD, KL, VERSION = ("reward/mean", "reward"), ("kl/reference", "kl"), ("version", "step")
@@ -34,6 +37,8 @@ EARLY: Mapping[str, Kind] = {
     "distinct": "repetition",
     "reward/std": "reward spread",
     "reward_std": "reward spread",
+    "reward/tail": "reward tail",
+    "reward/disagreement": "ensemble disagreement",
 }
 # Metrics that describe answers, or are the proxy itself: more of them is not better.
 NOT_QUALITY = ("length", "words", "repetition", "distinct", "refusal", "reward")
@@ -71,6 +76,7 @@ class MeasuredRun:
     evaluation_hash: str | None = None  # equal: evaluated in the same way on the same prompts; None: not known
     early_warnings: tuple[EarlyWarning, ...] = ()
     answers: Answers | None = None  # reward and length of the same prompts, where both were scored
+    length: Curve | None = None  # that the reward may have bought; its errors are not those of the reward
     prompt_seconds: float | None = None  # that the evaluator took for one prompt; None: not known
     # version -> samples of the primary evaluation's task: prompt, completion, and each metric's score by its name
     samples: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
@@ -137,16 +143,18 @@ def from_columns(name: str, source: str, table: Table, columns: Columns, chosen:
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     versions = [int(float(cell)) for cell in table[version]]
+    early = tuple(
+        EarlyWarning(kind=kind, curve=_defined(column, zip(versions, map(_mean, table[column]), strict=True)))
+        for column, kind in early_columns([*table]).items()
+        if column not in chosen.evaluations
+    )
     return MeasuredRun(
         name=name,
         source=source,
         series=series,
-        early_warnings=tuple(
-            EarlyWarning(kind=kind, curve=_defined(column, zip(versions, map(_mean, table[column]), strict=True)))
-            for column, kind in early_columns([*table]).items()
-            if column not in chosen.evaluations
-        ),
+        early_warnings=early,
         answers=_listed_answers(table, chosen, versions),
+        length=next((one.curve for one in early if one.kind == "length"), None),
         notes=_notes(columns, chosen),
     )
 
@@ -164,7 +172,7 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
     if not logged.records:
         raise UserError(f"{source}: no evaluations so far; evaluation.tasks of the recipe says what is evaluated")
     scored = list(dict.fromkeys(key for results in logged.records.values() for key in _keys(results)))
-    metrics = [key for key in logged.metrics if not key.startswith(("eval/", "system/"))]
+    metrics = sorted(key for key in logged.metrics if not key.startswith(("eval/", "system/")))
     primary = logged.params.get("evaluation.primary")
     quality = [key for key in scored if key.rpartition("/")[2] not in NOT_QUALITY and key != primary]
     columns = replace(columns, evaluations=tuple(key.removeprefix("eval/") for key in columns.evaluations))
@@ -176,7 +184,7 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
         paired = from_records(_only(logged.records, {*named, *kinds}), reward=from_means("", [], [], None))
         curves = {curve.name: curve for curve in paired.evaluations}
         curves |= {key: _defined(key, logged.metrics[key]) for key in kinds if key in metrics}
-        curves |= {key: from_means(key, *_columns(logged.metrics[key]), None) for key in named if key in metrics}
+        curves |= {key: _with_errors(key, logged.metrics) for key in named if key in metrics}
         final = _final(logged, curves[primary]) if primary == chosen.evaluations[0] else None
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
@@ -197,6 +205,7 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
             EarlyWarning(kind=kind, curve=curves[key]) for key, kind in kinds.items() if key not in chosen.evaluations
         ),
         answers=_answers(logged.records, first.rpartition("/")[0]),
+        length=next((curves[key] for key in scored if kinds.get(key) == "length"), None),
         prompt_seconds=_prompt_seconds(logged),
         samples=_samples(logged.records, task=first.rpartition("/")[0]),
         final=final,
@@ -279,6 +288,24 @@ def _mean(cell: Any) -> float:
 
 def _defined(name: str, points: Iterable[tuple[int, float]]) -> Curve:
     return from_means(name, *_columns([point for point in points if math.isfinite(point[1])]), None)
+
+
+def _with_errors(name: str, metrics: Mapping[str, Points]) -> Curve:
+    """Return the curve of a metric; with standard errors if `<name>_se` was logged at each of its versions.
+
+    An error of 0, where all prompts of a batch have one mean, is kept: without it the others would say that chance adds
+    more to the curve than it does.
+    """
+    versions, means = _columns(metrics[name])
+    errors = dict(metrics.get(f"{name}_se", ()))
+    curve = from_means(name, versions, means, None)
+    known = [errors[version] for version in versions if version in errors]
+    if not known:
+        return curve
+    if len(known) < len(versions) or len(known) > MOST_MEASURED:
+        why = f"{len(known)} of {len(versions)} versions have one, all must, and {MOST_MEASURED:,} at most"
+        return replace(curve, notes=(f"no standard error is used: {why}",))
+    return replace(curve, covariance=np.diag(np.square(known)))
 
 
 def _due(params: Mapping[str, str]) -> list[int]:

@@ -51,6 +51,7 @@ def judge_run(
         notes=run.notes,
         early=early,
         answers=run.answers,
+        length=run.length,
     )
 
 

@@ -41,14 +41,15 @@ def find(
     notes: tuple[str, ...] = (),
     early: Sequence[tuple[str, Curve]] = (),
     answers: Answers | None = None,
+    length: Curve | None = None,
 ) -> Findings:
     """Ask every part of the instrument about one run.
 
     The headroom is that within `kl_budget` (nats) or up to `version_budget`; of neither, up to half as many versions
     again as lie behind. `final`: what was evaluated after the primary evaluation's curve, to choose a version and to
-    value it; without it both come from the curve. `notes` are the reader's and come last among the reasons. `early` are
-    the kinds and curves of what may move before an evaluation does; the first of kind "length" is the length that the
-    reward may have bought, unless `answers` holds that of single prompts. Raises UserError as the parts do.
+    value it; without it both come from the curve. `notes` are the reader's and come last among the reasons. `early`:
+    kind and curve of what may move before an evaluation does. `length`: what the reward may have bought, if `answers`
+    do not tell; not of the reward's own rollouts, whose errors both would share. Raises UserError as the parts do.
     """
     settings = settings or Settings()
     if kl_budget is not None and version_budget is not None:
@@ -62,14 +63,13 @@ def find(
     selected = report(choose(series.primary, again), untouched)
     headroom = headroom_within(series, kl=kl_budget, version=version_budget)
     correlations = correlate(series)
-    gap = proxy_gold_gap(series)
-    length = share_of_length(series, answers, next((curve for kind, curve in early if kind == "length"), None))
+    gap, bought = proxy_gold_gap(series), share_of_length(series, answers, length)
     reasons = [
         *verdict.reasons,
         *_reasons("chosen version", selected.not_enough, selected.note),
         *_reasons("headroom", headroom.reason, *(note for note in headroom.notes if note not in series.primary.notes)),
         *(f"correlation of {one.x} and {one.y}: {one.not_enough}" for one in correlations if one.not_enough),
-        *(f"{one.name}: {one.not_enough}" for one in (gap, length) if one.not_enough),
+        *(f"{one.name}: {one.not_enough}" for one in (gap, bought) if one.not_enough),
         *notes,
     ]
     return Findings(
@@ -79,7 +79,7 @@ def find(
         rivals=rivals(series, kl_budget=kl_budget, fresh=untouched),
         headroom=headroom,
         gap=gap,
-        length=length,
+        length=bought,
         correlations=correlations,
         reasons=tuple(dict.fromkeys(reasons)),
         early=warn(
