@@ -2,7 +2,7 @@
 
     python -m benchmarks.early --runs 1000 --points 10 20 50
 
-Each run has 6 quantities, measured at every evaluated version, and warnings at 5 % a run for all together. Units: the
+Each run has 8 quantities, measured at every evaluated version, and warnings at 5 % a run for all together. Units: the
 standard deviation of a quantity's noise.
 
 In the first table nothing happens, but for two drifts that the rule takes for a change though they may be harmless: the
@@ -28,7 +28,7 @@ from trainers.mismatch.early import departure, null
 
 Array = NDArray[np.float64]
 
-ALPHA, SEED, BOUNDARY_RUNS, QUANTITIES = 0.05, 20_240_702, 20_000, 6
+ALPHA, SEED, BOUNDARY_RUNS, QUANTITIES = 0.05, 20_240_702, 20_000, 8
 LEAD, RAMP, DROP, WAITED = 2, 3, 6.0, 8
 
 
