@@ -48,11 +48,19 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trl(step: int) -> dict[str, float]:
-    """What transformers' MLflow callback sends at a step of GRPOTrainer with a second, unweighted reward function."""
-    metrics = {"reward": step / 100, "reward_std": 0.3, "kl": step / 500, "entropy": 2.0, "loss": 0.0}
+    """What transformers' MLflow callback sends at a step of GRPOTrainer with a second, unweighted reward function.
+
+    The names were compared with a store that TRL 1.16 wrote, with `eval_on_start`; it has more of them. A standard error
+    is there only if a reward function logs one (docs/watch.md).
+    """
+    metrics: dict[str, float] = {}
+    if step:
+        metrics = {"reward": step / 100, "reward_std": 0.3, "kl": step / 500, "entropy": 2.0}
+        metrics |= {"reward_se": 0.02, "rewards/gold/mean": step / 100, "rewards/gold/mean_se": 0.05}
+        metrics |= {"completions/mean_length": 20.0, "completions/clipped_ratio": 0.1}
     if step % 10 == 0:
         metrics |= {"eval_reward": step / 100, TRL_EVAL: GOLD[step // 10], "eval_rewards/gold/std": 0.5}
-        metrics |= {f"{TRL_EVAL}_se": 0.05, "eval_loss": 0.0}
+        metrics |= {f"{TRL_EVAL}_se": 0.05, "eval_reward_se": 0.02, "eval_loss": 0.0, "eval_entropy": 2.0}
     return metrics
 
 
@@ -149,9 +157,12 @@ def test_a_run_of_trl_is_judged(
     found = answers(["mlflow:grpo", "--eval", TRL_EVAL], capsys)
     assert (found["state"], found["evaluation"], found["reward"]) == ("parted", TRL_EVAL, "reward")
     run = read("mlflow:grpo", Columns(evaluations=(TRL_EVAL,)))
-    assert run.series.kl is not None and len(run.series.reward.versions) == 100
+    assert run.series.kl is not None and run.series.reward.versions.tolist() == list(range(1, 100))
+    assert run.series.reward.se is not None and run.length is None
+    assert [curve.name for curve in read("mlflow:grpo").series.evaluations] == [TRL_EVAL]
     assert run.params == {"learning_rate": "1e-06"} and run.seconds is not None
-    assert {early.curve.name for early in run.early_warnings} == {"reward_std", "entropy"}
+    early = {one.curve.name for one in run.early_warnings}
+    assert early == {"reward_std", "entropy", "completions/mean_length", "completions/clipped_ratio"}
     assert [one.name for one in read_all("mlflow:trl")] == ["again", "again", "grpo"]
     refused(["watch", "mlflow:again", "--once"], ["2 runs are called again", "by its id"], capsys)
     refused(["watch", "mlflow:none", "--once"], ["no run or experiment none", "headroom", "trl"], capsys)

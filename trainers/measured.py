@@ -15,9 +15,7 @@ from trainers.mismatch.sources import Table, is_scores
 from trainers.rundir import content_hash
 from trainers.types import Evaluation
 
-Kind = Literal[
-    "entropy", "length", "truncation", "repetition", "reward spread", "reward tail", "ensemble disagreement"
-]  # fmt: skip
+Kind = Literal["entropy", "length", "truncation", "repetition", "reward spread", "reward tail", "ensemble disagreement"]
 Points = Sequence[tuple[int, float]]  # (policy version, value)
 
 REWARD, KL, VERSION = ("reward/mean", "reward"), ("kl/reference", "kl"), ("version", "step")
@@ -40,6 +38,8 @@ EARLY: Mapping[str, Kind] = {
     "reward/tail": "reward tail",
     "reward/disagreement": "ensemble disagreement",
 }
+# Lengths of the very answers that the reward is the mean of: they share its errors, and those would count as bought.
+OWN_LENGTHS = ("rollout/length_mean", "completions/mean_length")
 # Metrics that describe answers, or are the proxy itself: more of them is not better.
 NOT_QUALITY = ("length", "words", "repetition", "distinct", "refusal", "reward")
 PROXY = "reward"  # a metric of this name scores what the policy is trained on
@@ -76,13 +76,18 @@ class MeasuredRun:
     evaluation_hash: str | None = None  # equal: evaluated in the same way on the same prompts; None: not known
     early_warnings: tuple[EarlyWarning, ...] = ()
     answers: Answers | None = None  # reward and length of the same prompts, where both were scored
-    length: Curve | None = None  # that the reward may have bought; its errors are not those of the reward
     prompt_seconds: float | None = None  # that the evaluator took for one prompt; None: not known
     # version -> samples of the primary evaluation's task: prompt, completion, and each metric's score by its name
     samples: Mapping[int, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
     final: Final | None = None  # what was evaluated when training ended, by the primary evaluation
     seconds: float | None = None  # spent on it so far; None: not known
     notes: tuple[str, ...] = ()  # what was found by name and could be chosen otherwise
+
+    @property
+    def length(self) -> Curve | None:
+        """The length that the reward may have bought."""
+        lengths = (one.curve for one in self.early_warnings if one.kind == "length")
+        return next((curve for curve in lengths if curve.name not in OWN_LENGTHS), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,11 +125,14 @@ def choose(columns: Columns, names: Sequence[str], recognised: Sequence[str], wh
 
 
 def recognise(names: Sequence[str], with_scores: Sequence[str] = ()) -> list[str]:
-    """Return which columns are evaluations: `eval/…`, or else those with standard errors or per-prompt scores."""
+    """Return which columns are evaluations: `eval/…`, or else those with standard errors or per-prompt scores.
+
+    Of the latter `eval_rewards/…`, if there are any: TRL has the same of training, and of the sum of its rewards.
+    """
     values = [name for name in names if not name.endswith("_se")]
-    return [name for name in values if name.startswith("eval/")] or [
-        name for name in values if f"{name}_se" in names or name in with_scores
-    ]
+    known = [name for name in values if f"{name}_se" in names or name in with_scores]
+    evaluated = [name for name in values if name.startswith("eval/")]
+    return evaluated or [name for name in known if name.startswith("eval_rewards/")] or known
 
 
 def early_columns(names: Sequence[str]) -> dict[str, Kind]:
@@ -143,18 +151,16 @@ def from_columns(name: str, source: str, table: Table, columns: Columns, chosen:
     except UserError as error:
         raise UserError(f"{source}: {error}") from None
     versions = [int(float(cell)) for cell in table[version]]
-    early = tuple(
-        EarlyWarning(kind=kind, curve=_defined(column, zip(versions, map(_mean, table[column]), strict=True)))
-        for column, kind in early_columns([*table]).items()
-        if column not in chosen.evaluations
-    )
     return MeasuredRun(
         name=name,
         source=source,
         series=series,
-        early_warnings=early,
+        early_warnings=tuple(
+            EarlyWarning(kind=kind, curve=_defined(column, zip(versions, map(_mean, table[column]), strict=True)))
+            for column, kind in early_columns([*table]).items()
+            if column not in chosen.evaluations
+        ),
         answers=_listed_answers(table, chosen, versions),
-        length=next((one.curve for one in early if one.kind == "length"), None),
         notes=_notes(columns, chosen),
     )
 
@@ -205,7 +211,6 @@ def from_headroom(name: str, source: str, logged: Logged, columns: Columns) -> M
             EarlyWarning(kind=kind, curve=curves[key]) for key, kind in kinds.items() if key not in chosen.evaluations
         ),
         answers=_answers(logged.records, first.rpartition("/")[0]),
-        length=next((curves[key] for key in scored if kinds.get(key) == "length"), None),
         prompt_seconds=_prompt_seconds(logged),
         samples=_samples(logged.records, task=first.rpartition("/")[0]),
         final=final,
