@@ -50,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trl(step: int) -> dict[str, float]:
     """What transformers' MLflow callback sends at a step of GRPOTrainer with a second, unweighted reward function.
 
-    The names were compared with a store that TRL 1.16 wrote, with `eval_on_start`; it has more of them. A standard error
+    The names were compared with a store that TRL 1.16 wrote with `eval_on_start`; it has more of them. A standard error
     is there only if a reward function logs one (docs/watch.md).
     """
     metrics: dict[str, float] = {}
