@@ -26,8 +26,9 @@ def read(source: str, columns: Columns | None = None, tracking_uri: str | None =
     Columns that are not named are found: the reward is `reward/mean` or `reward`, the KL `kl/reference` or `kl`, the
     version `version` or `step` (in MLflow the step). In a run of Headroom the evaluations are the recipe's primary one,
     then the others of which more is better; elsewhere those that begin with `eval/`, or else have standard errors or
-    per-prompt scores. Raises UserError if there is no such source or column, no evaluation, or a number that cannot be
-    used (see `trainers.mismatch.from_table`); InfraError if MLflow does not answer.
+    per-prompt scores; of these, TRL's `eval_rewards/…` if there are any. Raises UserError if there is no such source or
+    column, no evaluation, or a number that cannot be used (see `trainers.mismatch.from_table`); InfraError if MLflow
+    does not answer.
     """
     return _read(source, columns or Columns(), tracking_uri, newest=True)[0]
 
