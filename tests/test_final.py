@@ -13,7 +13,7 @@ from cluster.report.build import build
 from cluster.report.text import text
 from cluster.watch import page
 from configs.schema import Data, EvalScorer, EvalTask, Recipe
-from tests.test_journal import evaluate, journal_of, step
+from tests.journals import evaluate, journal_of, step
 from tests.tiny import tokenizer
 from trainers.final import Reserve, Settled, reserve, settle
 from trainers.journal import SPARE

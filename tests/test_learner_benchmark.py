@@ -5,14 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.learner import GOALS, Headroom, PlainLoop, check, make_case, measure
+from benchmarks.learner import CUT, GOALS, HEADROOM, PLAIN, SHARED, Headroom, PlainLoop, check, make_case, measure
 from tests.tiny import policy
 
 
 def test_every_arm_is_measured_on_every_batch(tmp_path: Path) -> None:
     results = measure(policy(tmp_path / "tiny"), prompts=2, rows=4, rounds=2, zero=0)
-    rates = [found for name, found in results.items() if name.endswith("tokens/s")]
-    assert len(rates) == 6 and all(found["steps"] == 2 and found["low"] > 0 for found in rates)
+    rates = {name: found for name, found in results.items() if name.endswith("tokens/s")}
+    arms = (PLAIN, CUT, HEADROOM, SHARED)
+    assert set(rates) == {f"{case}: {arm}, tokens/s" for case in ("fixed", "heavy-tailed") for arm in arms}
+    assert all(found["steps"] == 2 and found["low"] > 0 for found in rates.values())
     ratios = {name: found["goal"] for name, found in results.items() if "goal" in str(found)}
     assert sorted(ratios.values()) == sorted([*GOALS.values()] * 2)
     tail = [results[f"heavy-tailed: tokens forwarded, {arm}"] for arm in ("prompts shared", "headroom", "plain loop")]

@@ -10,7 +10,7 @@ import pytest
 
 from cluster.report.refresh import Refresher
 from configs.schema import AlarmConfig
-from tests.test_journal import evaluate, journal_of, step
+from tests.journals import evaluate, journal_of, step
 
 WAIT_S = 120
 

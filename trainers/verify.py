@@ -14,13 +14,15 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
 from typing import Any, Self
 
 if find_spec("math_verify") is None:
     raise ModuleNotFoundError("math-verify is not installed; type: pip install math-verify")
+
+RewardFunction = Callable[[str, str, Mapping[str, Any]], float]
 
 log = logging.getLogger(__name__)
 CHECK_S = 1.0  # of CPU for one comparison: a busy machine must not turn right answers into wrong ones
@@ -107,6 +109,19 @@ class Checker:
 CHECKER = Checker()
 
 
+class Checked:
+    """A reward function whose deadline begins behind `queue`: see RuleFunction."""
+
+    queue = CHECKER
+
+    def __init__(self, function: RewardFunction) -> None:
+        self._function = function
+
+    def __call__(self, prompt: str, completion: str, row: Mapping[str, Any]) -> float:
+        return self._function(prompt, completion, row)
+
+
+@Checked
 def gsm8k(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     """Return 1 if the completion's final answer is the number that GSM8K's `answer` has behind ####, else 0.
 
@@ -121,12 +136,10 @@ def gsm8k(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     return float(CHECKER.same(gsm8k_gold(row), text))
 
 
+@Checked
 def math(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
     """Return 1 if the final answer, boxed or after the word answer, is that of MATH's `solution`, else 0."""
     return float(CHECKER.same(math_gold(row), completion[-LAST:]))
-
-
-gsm8k.queue = math.queue = CHECKER  # type: ignore[attr-defined]  # RuleFunction: the deadline begins behind it
 
 
 def marked(prompt: str, completion: str, row: Mapping[str, Any]) -> float:
