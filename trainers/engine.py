@@ -221,8 +221,10 @@ class TrainEngine:
 
     def skip(self, steps: int) -> None:
         """Move the learning rate's schedule on by optimizer steps that have nothing to train on."""
-        for _ in range(steps):
-            self.scheduler.step()
+        with warnings.catch_warnings():  # torch takes a schedule that moves before the optimizer for a mistake
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step\(\)` before", UserWarning)
+            for _ in range(steps):
+                self.scheduler.step()
 
     def _norm(self) -> float:
         # In fp32 without ZeRO DeepSpeed clips but does not tell the norm; elsewhere it holds the gradients itself.
