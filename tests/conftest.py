@@ -1,10 +1,13 @@
 """What no test may leave to the next."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 
 from tests.journals import TRACKERS
+
+os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"  # of a server: seven processes that nothing here needs
 
 
 @pytest.fixture(autouse=True)

@@ -30,8 +30,8 @@ async def start():
     if sys.argv[1] == "prepares":
         some = {"model": {"path": "some"}, "data": {"path": "some"}, "sampling": {"max_tokens": 8}}
         preparation(Recipe.model_validate({"run": {"name": "a", "steps": 1, "prepare": "waits:prepare"}, **some}))()
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         await asyncio.Event().wait()
     finally:
         print("closed", flush=True)
