@@ -179,7 +179,9 @@ def _checked(command: Command, config: str | Path, overrides: Sequence[str]) -> 
     recipe = load(config, overrides)
     for warning in validate(recipe, command, str(config)):
         print(f"headroom: warning: {warning}", file=sys.stderr)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")  # warnings of the libraries
+    for name in ("headroom", "actors", "cluster", "configs", "trainers"):
+        logging.getLogger(name).setLevel(logging.INFO)
     for name in ("vllm", "torch._library.triton"):  # what they say at import concerns GPUs that are not there
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would tear the progress line
