@@ -39,7 +39,7 @@ from trainers.records import read_evaluations
 from trainers.rundir import RunDir
 from trainers.spool import read_metrics
 from trainers.tracking import Tracker
-from trainers.types import Evaluation, Prompt
+from trainers.types import Evaluation, InfraError, Prompt
 from trainers.watcher import UNJUDGED, Watcher
 
 log = logging.getLogger("headroom")
@@ -79,7 +79,10 @@ def train(recipe: Recipe, resume: str | None = None) -> Finished:
 
 
 def connect(recipe: Recipe) -> None:
-    """Start a private Ray on this machine, or join the one at ray.address. Raises UserError if none is there."""
+    """Start a private Ray on this machine, or join the one at ray.address.
+
+    Raises UserError if none is there, InfraError if this machine is too slow to start one.
+    """
     variables = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     local = recipe.ray.address == "local"
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # actors share cores here: threads that spin would take them
@@ -94,6 +97,10 @@ def connect(recipe: Recipe) -> None:
         )
     except ConnectionError as error:
         raise UserError(f"ray.address: no Ray answers at {recipe.ray.address}; start one or use local") from error
+    except Exception as error:  # Ray has no kind of its own for this one
+        if "timed out during startup" not in str(error):
+            raise
+        raise InfraError("Ray's processes were not up after 30 s; is the machine busy with something else?") from error
 
 
 def run_until_signal(main: Coroutine[Any, Any, T]) -> T:
