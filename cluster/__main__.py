@@ -130,7 +130,7 @@ def _reader(
         name, help=summary, description=summary, epilog=f"example: headroom {name} {example}", allow_abbrev=False
     )
     parser.add_argument(
-        "source", metavar="SOURCE", nargs=nargs, help="a .csv or .jsonl, a run directory, or mlflow:RUN"
+        "source", metavar="SOURCE", nargs=nargs, help="a .csv, .jsonl or .parquet, a run directory, or mlflow:RUN"
     )
     parser.add_argument("--reward", metavar="COL", help="the proxy reward's column; default: reward/mean or reward")
     parser.add_argument(
