@@ -240,7 +240,8 @@ def _paired(values: Sequence[float]) -> str:
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """Return every run that failed or was made more than once."""
-    found = [f"* {row['job']}: {row['error']}" for row in rows if row["status"] == "failed"]
+    said = {row["job"]: row["error"].partition("; see ")[0] for row in rows if row["status"] == "failed"}
+    found = [f"* {job}: {error}" for job, error in said.items()]  # not where the log lies on some machine
     again = [f"* {row['job']}: attempt {row['attempt']}" for row in done(rows) if row["attempt"] > 1]
     return found + again or ["None."]
 
@@ -317,11 +318,13 @@ def page(rows: Sequence[Row], attempts: int, figure: str) -> str:
         "`demo`: one world, as shipped, other run seeds. `worlds`: policy, pairs and reward model anew for each seed.",
         *(part for cell in ("demo", "worlds") for part in (f"### {cell}", *_block(each_seed(found.get(cell, []))))),
         "## Controls",
+        f"`{middle()}`, the grid's middle, holds the same runs as the first seeds of `worlds`.",
         *_block(phases(found, (*cells()[:4], *planned))),
         "## What each rule keeps of the gain",
         *_block(rules(found)),
         "## After the alarm",
-        "From the first checkpoint after the alarm was told, each arm goes on to the recipe's last version.",
+        "From the first checkpoint after the alarm was told, each arm goes on to the recipe's last version. Changes "
+        "are against that checkpoint continued unchanged on the same seed; *stop* keeps its policy.",
         *_block(actions(found)),
         "## Failed or repeated",
         *_block(failures(rows)),

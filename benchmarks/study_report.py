@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.demo_plan import ANSWERS, STALENESS, SURE, WEIGHTS, Cell, studies
 from benchmarks.demo_queue import Results
-from benchmarks.demo_report import table
+from benchmarks.demo_report import failures, table
 
 Row = Mapping[str, Any]
 
@@ -78,7 +78,7 @@ def algorithms(rows: Sequence[Row]) -> list[str]:
         "",
         *table(titles, lines),
         "",
-        *failures(rows, "algorithm-"),
+        *ended(rows, "algorithm-"),
     ]
 
 
@@ -107,7 +107,7 @@ def staleness(rows: Sequence[Row]) -> list[str]:
         "",
         *table(titles, lines),
         "",
-        *failures(rows, "stale-"),
+        *ended(rows, "stale-"),
     ]
 
 
@@ -127,10 +127,9 @@ def of_bound(bound: int, weight: str, done: Sequence[Row]) -> list[object]:
     ]
 
 
-def failures(rows: Sequence[Row], prefix: str) -> list[str]:
-    """Say which runs did not end."""
-    failed = [row for row in rows if row["cell"].startswith(prefix) and row["status"] != "done"]
-    return [f"{row['job']} {row['status']}: {row['error']}" for row in failed]
+def ended(rows: Sequence[Row], prefix: str) -> list[str]:
+    """Return every run of a study that failed or was made more than once."""
+    return ["## Failed or repeated", "", *failures([row for row in rows if row["cell"].startswith(prefix)])]
 
 
 def main() -> None:
