@@ -125,7 +125,7 @@ def each_seed(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in sorted(rows, key=lambda row: row["seed"]):
         if row["status"] != "done":
-            lines.append((row["seed"], *["-"] * 8, f"{row['status']}: {row['error']}".replace("|", "/")))
+            lines.append((row["seed"], *["-"] * 8, why(row).replace("|", "/")))
             continue
         truth, alarm, findings = row["truth"], row["alarm"], row["findings"]
         top = truth["versions"].index(truth["peak_version"])
@@ -219,9 +219,7 @@ def actions(found: Mapping[str, Sequence[Row]]) -> list[str]:
             seed: _at(row, -1) - _at(continued[seed], -1) for seed, row in runs.items() if seed in continued
         }
     rows = [(what, len(values), _paired(list(values.values()))) for what, values in changes.items()]
-    skipped = Counter(
-        f"{row['status']}: {row['error']}" for arm in ARMS for row in found.get(arm.name, []) if row["status"] != "done"
-    )
+    skipped = Counter(why(row) for arm in ARMS for row in found.get(arm.name, []) if row["status"] != "done")
     told = [f"* {why}: {count}" for why, count in skipped.items()]
     return [*table(("instead of going on", "seeds", "gold at the end, change [95 %]"), rows), "", *told]
 
@@ -240,10 +238,14 @@ def _paired(values: Sequence[float]) -> str:
 
 def failures(rows: Sequence[Row]) -> list[str]:
     """Return every run that failed or was made more than once."""
-    said = {row["job"]: row["error"].partition("; see ")[0] for row in rows if row["status"] == "failed"}
-    found = [f"* {job}: {error}" for job, error in said.items()]  # not where the log lies on some machine
+    found = [f"* {row['job']} {why(row)}" for row in rows if row["status"] == "failed"]
     again = [f"* {row['job']}: attempt {row['attempt']}" for row in done(rows) if row["attempt"] > 1]
     return found + again or ["None."]
+
+
+def why(row: Row) -> str:
+    """Return why there is no run, without the place of a log on the machine that made it."""
+    return f"{row['status']}: {row['error'].partition('; see ')[0]}"
 
 
 def draw(path: Path, found: Mapping[str, Sequence[Row]]) -> None:

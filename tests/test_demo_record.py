@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import demo_report
+from benchmarks import demo_report, study_report
 from benchmarks.demo_plan import SEEDS, jobs
 from benchmarks.demo_queue import Results
 from benchmarks.demo_record import agreement, alarm_of, as_hf, branch, golds_of, outcome, told, untouched
@@ -174,10 +174,32 @@ def recorded(cell: str, seed: int, state: str | None = "parted", fell: bool = Tr
     } | fields  # fmt: skip
 
 
+def test_the_pages_of_the_studies_by_hand() -> None:
+    curves = {
+        "reward": {"mean": [0.0] * 23 + [0.5] + [1.0] * 24}, "staleness": {"mean": [0.0] * 12 + [2.0] * 36},
+        "effective_share": {"mean": [0.75] * 48},
+    }  # fmt: skip
+    rows = [recorded("algorithm-rloo", seed, **curves) for seed in SEEDS[:2]]
+    rows[1]["truth"] = rows[1]["truth"] | {"mean": [0.2, 0.25, 0.1]}  # a rise of 1.8 standard errors
+    rows += [recorded("stale-4-none", seed, **curves) for seed in SEEDS[:5]]
+    rows += [{**recorded("stale-4-truncate", SEEDS[0]), "status": "failed", "error": "RuntimeError: a; see /a/log"}]
+    page = study_report.algorithms(rows)
+    assert (
+        "| `rloo` | 2 | 0.20 (0.20 to 0.20) | 0.33 (0.25 to 0.40) | 1 of 2 | 16, 16 "
+        "| 0.05 (0.00 to 0.10) | 1.00 (1.00 to 1.00) | 0.300 (0.300 to 0.300) |"
+    ) in page
+    page = study_report.staleness(rows)
+    assert (
+        "| 4 | none | 5 | 2.0 (2.0 to 2.0) | 0.50 (0.50 to 0.50) | 1.00 (1.00 to 1.00) | 0.40 (0.40 to 0.40) "
+        "| 16, 16, 16, 16, 16 | 0.00 (0.00 to 0.00) | 0.750 (0.750 to 0.750) |"
+    ) in page
+    assert page[-1] == "* stale-4-truncate/1001 failed: RuntimeError: a"
+
+
 def test_the_page_counts_failures_and_shows_cells_without_a_fall(tmp_path: Path) -> None:
     rows = [recorded("demo", seed) for seed in SEEDS[:17]]
     rows += [recorded("demo", SEEDS[17], state=None), recorded("demo", SEEDS[18], fell=False)]
-    failed = {"job": "demo/1020", "cell": "demo", "seed": 1020, "status": "failed", "error": "RuntimeError: a | b"}
+    failed = {"job": "demo/1020", "cell": "demo", "seed": 1020, "status": "failed", "error": "a | b; see /a/log"}
     rows += [{**failed, "parent": None, "kind": "world is there", "total_s": 9.0}]
     rows += [recorded("worlds", seed) for seed in SEEDS[:6]]
     rows += [recorded("beta-0.3-bias-0", seed, state=None, fell=False) for seed in SEEDS[:5]]
@@ -187,8 +209,8 @@ def test_the_page_counts_failures_and_shows_cells_without_a_fall(tmp_path: Path)
     page = demo_report.page(results.rows, len(results.rows), "seeds.png")
     lines = page.splitlines()
     assert "| demo | 20 of 20 | 1 | 18 of 20 [0.70, 0.97] | 17 of 20 [0.64, 0.95] | 12.00 [12.00, 12.00] |" in page
-    assert "| 1020 | - | - | - | - | - | - | - | - | failed: RuntimeError: a / b |" in lines
-    assert "* demo/1020: RuntimeError: a | b" in lines
+    assert "| 1020 | - | - | - | - | - | - | - | - | failed: a / b |" in lines
+    assert "* demo/1020 failed: a | b" in lines and "/a/log" not in page
     flat = next(line for line in lines if line.startswith("| beta-0.3-bias-0:"))
     assert "| 5 of 5 | 0 | 0 of 5 [0.00, 0.43] | 0 of 5 [0.00, 0.43] | 0 | 0 | 0 |" in flat
     not_run = next(line for line in lines if line.startswith("| gold:"))
