@@ -33,7 +33,7 @@ Bytes = NDArray[np.uint8]
 Transport = Literal["nccl", "object_store"]
 
 BACKEND = "headroom"  # the name under which our engine is registered with vLLM
-WORKER_EXTENSION = "actors.generator.WorkerExtension"  # imported by the vLLM worker, which registers the engine
+WORKER_EXTENSION = "actors.vllm_engine.WorkerExtension"  # imported by the vLLM worker, which registers the engine
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64"}
 
@@ -257,7 +257,7 @@ def tensor_list(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, list[A
 
 
 def register_with_vllm() -> None:
-    """Register our weight-transfer engine with vLLM. Runs on import of actors.generator, also in the vLLM worker.
+    """Register our weight-transfer engine with vLLM. Runs on import of actors.vllm_engine, also in the vLLM worker.
 
     The class stands inside so that a learner, which imports this file to send, does not load vllm (8 s).
     """

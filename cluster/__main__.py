@@ -182,8 +182,7 @@ def _checked(command: Command, config: str | Path, overrides: Sequence[str]) -> 
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")  # warnings of the libraries
     for name in ("headroom", "actors", "cluster", "configs", "trainers"):
         logging.getLogger(name).setLevel(logging.INFO)
-    for name in ("vllm", "torch._library.triton"):  # what they say at import concerns GPUs that are not there
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch._library.triton").setLevel(logging.ERROR)  # it misses GPUs that are not there
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars would tear the progress line
     return recipe
 

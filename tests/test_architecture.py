@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = ("configs", "trainers", "actors", "cluster")
 HOMES = {
-    "vllm": {"actors/generator.py", "actors/weight_sync.py"},
+    "vllm": {"actors/vllm_engine.py", "actors/weight_sync.py"},
     "deepspeed": {"trainers/engine.py"},
     "mlflow": {"trainers/tracking.py", "trainers/tracked.py"},
 }
@@ -58,7 +58,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert not long
 
 
-def test_a_light_command_imports_nothing_heavy() -> None:
-    code = f"import sys, cluster.__main__; print(*(m for m in {HEAVY} if m in sys.modules))"
+@pytest.mark.parametrize(("module", "heavy"), [("cluster.__main__", HEAVY), ("cluster.launch", ("vllm",))])
+def test_a_light_command_imports_nothing_heavy_and_the_driver_no_vllm(module: str, heavy: tuple[str, ...]) -> None:
+    code = f"import sys, {module}; print(*(m for m in {heavy} if m in sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == []

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from actors.engine import EngineOptions, sampling_of
-from actors.generator import Engine
 from actors.reference import ReferenceActor
+from actors.vllm_engine import Engine
 from actors.weight_sync import Mailbox, load_weights, pack
 from configs.load import load
 from configs.schema import Recipe

@@ -16,7 +16,7 @@ from safetensors.torch import load
 from transformers import LlamaForCausalLM
 
 from actors.engine import EngineOptions, sample_seed
-from actors.generator import PROBE_PLACES, Engine
+from actors.vllm_engine import PROBE_PLACES, Engine
 from actors.weight_sync import Mailbox, choose_transport, load_weights, pack, weights_from_directory
 from tests.tiny import tiny_model
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan, Weights

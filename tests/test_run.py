@@ -1,4 +1,4 @@
-"""Whole runs on real Ray, vLLM, DeepSpeed and MLflow: killed, resumed, and on two nodes."""
+"""A whole run on real Ray, vLLM, DeepSpeed and MLflow: killed, asked to end, and continued on two nodes."""
 
 import json
 import os
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from tests.tiny import tiny_model
 from trainers.checkpoint import find_latest
 from trainers.ledger import Ledger
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parents[1]
 STEPS = 16
 WAIT_S = 400
 
 
-def recipe(where: Path, **changes: Any) -> Path:
-    """Write a recipe with a tiny policy, a rule as reward and one evaluation."""
+def recipe(where: Path) -> Path:
+    """Write a recipe with a tiny policy, a critic, a rule as reward and one evaluation."""
     tiny_model(where / "policy", tied=True, seed=0)
     words = "red blue green one two three four five six seven".split()
     rows = [{"prompt": f"{a} and {b}"} for a in words for b in words]
@@ -39,6 +40,7 @@ def recipe(where: Path, **changes: Any) -> Path:
         "model": {"path": str(where / "policy"), "dtype": "float32", "max_length": 96},
         "data": {"path": str(where / "prompts.jsonl"), "render": "text"},
         "sampling": {"n": 4, "max_tokens": 12},
+        "algorithm": {"name": "ppo"},
         "loop": {"batch_prompts": 4, "staleness": 1},
         "learner": {"resources": small, "optimizer": {"learning_rate": 1e-3}},
         "critic": {"resources": small},
@@ -62,8 +64,6 @@ def recipe(where: Path, **changes: Any) -> Path:
         },
         "tracking": {"uri": f"sqlite:///{where}/mlflow.db"},
     }
-    for key, section in changes.items():
-        tree[key] = tree.get(key, {}) | section
     path = where / "recipe.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -100,9 +100,9 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.wait()
 
 
-def kill_generator(driver: subprocess.Popen[str]) -> None:
+def kill_generator() -> None:
     """Kill the actor of the generator, and see vLLM's processes, which are its children, end by themselves."""
-    below = {process.pid for process in psutil.Process(driver.pid).children(recursive=True)}
+    below = {process.pid for process in psutil.Process().children(recursive=True)}
     titles = {process: "".join(process.info["cmdline"] or ()) for process in psutil.process_iter(["cmdline"])}
     [actor] = [p for p, title in titles.items() if p.pid in below and title.startswith("ray::Generator")]
     engine = actor.children(recursive=True)
@@ -125,7 +125,19 @@ def alive(process: psutil.Process) -> bool:
         return False
 
 
-def test_killed_three_times_asked_to_end_and_resumed_exactly_once(tmp_path: Path) -> None:
+@contextmanager
+def two_nodes() -> Iterator[Cluster]:
+    """Start a cluster whose nodes are each too small for all actors."""
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=1)
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def test_killed_three_times_asked_to_end_and_resumed_on_two_nodes_exactly_once(tmp_path: Path) -> None:
     config = recipe(tmp_path)
     run = tmp_path / "run"
     first = launch(config)
@@ -155,10 +167,11 @@ def test_killed_three_times_asked_to_end_and_resumed_exactly_once(tmp_path: Path
     saved = find_latest(checkpoints)
     assert saved is not None and saved[1]["version"] == len(_lines(run / "ledger.jsonl"))
 
-    fourth = launch(config)
-    wait_for(lambda: '"incarnation": 3' in (run / "ledger.jsonl").read_text(), fourth, config)
-    kill_generator(fourth)
-    finish(fourth, config)  # on its replacement: there is no other replica
+    with two_nodes() as cluster:
+        fourth = launch(config, f"ray.address={cluster.address}")
+        wait_for(lambda: '"incarnation": 3' in (run / "ledger.jsonl").read_text(), fourth, config)
+        kill_generator()
+        finish(fourth, config)  # on its replacement: there is no other replica
     log = config.with_suffix(".log").read_text()
     assert "replacing generator-0 (1 of 2)" in log and "generator-0 serves again" in log
     ledger = Ledger(run / "ledger.jsonl")
@@ -195,37 +208,18 @@ def _check_tracking(where: Path, run: Path) -> None:
     assert evaluated == set(range(0, STEPS + 1, 2))
     gaps = [metric.value for metric in client.get_metric_history(run_id, "sync/logprob_gap")]
     assert max(gaps) < 1e-4
-
-
-EVERY_STEP = (
-    "reward/mean reward/mean_se reward/std reward/length/mean kl/reference loss/policy policy/entropy "
-    "policy/clip_fraction policy/grad_norm rollout/staleness_max rollout/staleness_mean rollout/length_mean "
-    "rollout/truncated_fraction rollout/discarded sync/seconds sync/logprob_gap time/step "
-    "throughput/samples_per_s throughput/tokens_per_s"
-).split()
-
-
-@pytest.fixture
-def two_nodes() -> Iterator[Cluster]:
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
-
-
-def test_the_same_recipe_on_two_nodes_with_a_critic(tmp_path: Path, two_nodes: Cluster) -> None:
-    config = recipe(tmp_path, algorithm={"name": "ppo"}, run={"steps": 2, "dir": str(tmp_path / "run"), "name": "two"})
-    finish(launch(config, f"ray.address={two_nodes.address}"), config)
-    assert [entry.step for entry in Ledger(tmp_path / "run" / "ledger.jsonl")] == [1, 2]
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
-    run_id = (tmp_path / "run" / "mlflow_run_id").read_text().strip()
-    client = mlflow.MlflowClient()
-    assert len(client.get_metric_history(run_id, "loss/value")) == 2
     logged = client.get_run(run_id)
     for node in ("driver", "node-1"):  # the actors need both nodes, and the driver is on one of them
         assert 0 < logged.data.metrics[f"system/{node}/system_memory_usage_percentage"] < 100
     assert {tag for tag in logged.data.tags if tag.startswith("system.")} == {"system.node-1"}
+
+
+EVERY_STEP = (
+    "reward/mean reward/mean_se reward/std reward/length/mean kl/reference loss/policy loss/value policy/entropy "
+    "policy/clip_fraction policy/grad_norm rollout/staleness_max rollout/staleness_mean rollout/length_mean "
+    "rollout/truncated_fraction rollout/discarded sync/seconds sync/logprob_gap time/step "
+    "throughput/samples_per_s throughput/tokens_per_s"
+).split()
 
 
 def _lines(path: Path) -> list[str]:
