@@ -5,17 +5,18 @@ What an algorithm does on average is a sum over all groups of completions, weigh
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from configs import schema
-from trainers.algorithms import ALGORITHMS, AdvantageInputs, LossInputs
-from trainers.importance import importance_weights
-from trainers.losses import kl_estimate
+from trainers.algorithms import ALGORITHMS
+from trainers.objective import token_losses
+from trainers.targets import RewardShaping, targets
+from trainers.types import Batch
 
 TOKENS, LENGTH = 4, 3
 SEQUENCES = torch.tensor(list(itertools.product(range(TOKENS), repeat=LENGTH)))  # (64, 3)
@@ -109,8 +110,9 @@ def expected_gradient(
 ) -> Tensor:
     """Mean of the ascent direction (84,) of one learner step per completion token, over all groups of `size`.
 
-    By the functions of the table, in the order in which the learner calls them (tests/test_learner_algorithms.py).
-    sampled_from: log-probs (64, 3) of the behaviour policy, by default the policy's own; values (64, 3).
+    By what the learner itself computes of a batch, which is here all groups there are.
+    sampled_from: log-probs (64, 3) of the behaviour policy, by default the policy's own; values (64, 3), by default,
+    for a critic, those of one that knows nothing, with lam = 1.
     """
     parameters = leaves(tables)
     members = torch.cartesian_prod(*[torch.arange(COUNT)] * size).reshape(-1, size)  # (groups, size)
@@ -118,61 +120,25 @@ def expected_gradient(
     logprobs = logprobs_of(parameters)[rows]
     behaviour = (logprobs_of(parameters) if sampled_from is None else sampled_from).detach()
     likely = behaviour.sum(1).exp()[members].prod(1).repeat_interleave(size)  # (rows,)
-    mask = torch.ones_like(logprobs, dtype=torch.bool)
-    groups = torch.arange(len(members)).repeat_interleave(size)
-    in_reward = of.kl.where == "reward"
-    inputs = AdvantageInputs(
-        rewards=rewards[rows],
-        groups=groups,
-        mask=mask,
-        kl=kl_estimate(behaviour[rows], reference[rows], "k1") if in_reward else None,
-        kl_coefficient=of.kl.coefficient if in_reward else 0.0,
-        values=None if values is None else values[rows],
-        greedy=torch.full((len(rows),), float(rewards[int(logprobs_of(parameters).sum(1).argmax())])),
-        normalise=of.normalise,
-        best=of.best,
-        lam=1.0 if values is None else of.lam,
+    best = rewards[int(logprobs_of(parameters).sum(1).argmax())]
+    batch = Batch(
+        version=0,
+        uids=("",) * len(rows),
+        prompt_ids=(),
+        completion_ids=SEQUENCES[rows].numpy(),
+        mask=np.ones(logprobs.shape, bool),
+        behaviour_logprobs=behaviour[rows].numpy(),
+        reference_logprobs=reference[rows].numpy(),
+        token_versions=np.zeros(logprobs.shape, np.int32),
+        rewards=rewards[rows].numpy(),
+        groups=np.repeat(np.arange(len(members)), size),
+        greedy_rewards=np.full(len(rows), float(best)),
     )
-    algorithm = ALGORITHMS[of.name]
-    outputs = algorithm.advantages(inputs if values is not None else with_zero_values(inputs))
-    proximal = logprobs.detach() if of.proximal == "recompute" else behaviour[rows]
-    loss = algorithm.loss(loss_inputs(of, inputs, outputs.advantages, logprobs, proximal, reference[rows])).loss
-    importance = importance_weights(logprobs.detach(), behaviour[rows], mask, **of.off_policy.model_dump())
-    if of.proximal == "recompute":
-        loss = loss * importance.weights
-    if of.kl.where == "loss":
-        term = of.kl.coefficient * kl_estimate(logprobs, reference[rows], of.kl.estimator)
-        loss = loss + term * importance.weights
+    if ALGORITHMS[of.name].needs_critic and values is None:
+        of, values = of.model_copy(update={"lam": 1.0}), torch.zeros(SEQUENCES.shape, dtype=rewards.dtype)
+    shaping = RewardShaping(config=of, max_tokens=1000)
+    towards = targets(batch, of, of.kl.coefficient, shaping, None if values is None else values[rows].numpy())
+    everything = list(range(len(rows)))
+    loss, _ = token_losses(batch, everything, towards, of, of.kl.coefficient, logprobs, logprobs.detach())
     total = (likely * loss.sum(1)).sum() / size  # of equal lengths: whatever `aggregate` says
     return -flat(torch.autograd.grad(total, parameters))
-
-
-def loss_inputs(
-    of: schema.Algorithm,
-    inputs: AdvantageInputs,
-    advantages: Tensor,
-    logprobs: Tensor,
-    proximal: Tensor,
-    reference: Tensor,
-) -> LossInputs:
-    """All rows as one micro-batch."""
-    return LossInputs(
-        logprobs=logprobs,
-        proximal=proximal,
-        advantages=advantages,
-        mask=inputs.mask,
-        rewards=inputs.rewards,
-        groups=inputs.groups,
-        reference=reference,
-        beta=of.kl.coefficient,
-        clip_low=of.clip_low,
-        clip_high=of.clip_high,
-        dual_clip=of.dual_clip,
-        ratio=of.ratio,
-        labels=of.pair_labels,
-    )
-
-
-def with_zero_values(inputs: AdvantageInputs) -> AdvantageInputs:
-    """For algorithms with a critic: one that knows nothing."""
-    return replace(inputs, values=torch.zeros(inputs.mask.shape, dtype=inputs.rewards.dtype))

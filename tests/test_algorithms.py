@@ -1,6 +1,5 @@
 """The table: advantages and losses worked by hand, both sides of every bound, batches that hold nothing, refusals."""
 
-import math
 import re
 import subprocess
 import sys
@@ -10,44 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from configs import algorithms as facts_of_configs
 from configs import schema
 from configs.algorithms import FACTS, check
 from configs.checks import check_options
 from configs.errors import UserError
+from tests.by_hand import BY_HAND, INPUTS, KL, MASK, expected
 from trainers import algorithms
-from trainers.algorithms import ALGORITHMS, AdvantageInputs, AdvantageOutputs, LossInputs
-
-MASK = torch.tensor([[True, True], [True, False], [True, False], [True, True]])
-KL = torch.tensor([[1.0, 1.0], [-2.0, 99.0], [0.0, 99.0], [1.0, 1.0]])
-INPUTS = AdvantageInputs(
-    rewards=torch.tensor([4.0, 1.0, 2.0, 2.0]),
-    groups=torch.tensor([5, 5, 3, 3]),
-    mask=MASK,
-    kl=KL,
-    kl_coefficient=0.5,  # rewards less the KL: 3, 2 and 2, 1
-    values=torch.zeros(4, 2),
-    greedy=torch.tensor([1.0, 1.0, 0.0, 0.0]),
-    lam=1.0,
-)
-TO_GO = [[3.0, 3.5], [2.0, 0.0], [2.0, 0.0], [1.0, 1.5]]
-BY_HAND: dict[str, list[Any]] = {
-    "grpo": [[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, -1.0]],  # ± 0.5 in each group, by its deviation 0.5
-    "dapo": [[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, -1.0]],
-    "gspo": [[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, -1.0]],
-    "cispo": [[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, -1.0]],
-    "dr_grpo": [[0.5, 0.5], [-0.5, 0.0], [0.5, 0.0], [-0.5, -0.5]],
-    "rloo": [[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, -1.0]],  # 3 - 2, 2 - 3, ...
-    "reinforce_pp_baseline": [[1.0, 1.0], [-1.0, 0.0], [1.0, 0.0], [-1.0, -1.0]],  # ± 0.5 by the batch's 0.5
-    "remax": [[2.0, 2.0], [1.0, 0.0], [2.0, 0.0], [1.0, 1.0]],
-    "reinforce_pp": TO_GO,  # less their mean 13/6, by their deviation
-    "ppo": TO_GO,  # with a critic that says 0 and lam = 1
-    "rft": [[1.0, 1.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]],
-    "online_dpo": [[1.0, 1.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]],  # the second group's rewards are equal
-    "online_ipo": [[1.0, 1.0], [-1.0, 0.0], [0.0, 0.0], [0.0, 0.0]],
-}
+from trainers.algorithms import ALGORITHMS, AdvantageInputs, AdvantageOutputs
 
 
 def advantages(name: str, inputs: AdvantageInputs, **options: Any) -> AdvantageOutputs:
@@ -66,6 +36,35 @@ def test_the_table_is_complete_and_its_defaults_are_accepted() -> None:
     assert check(default.name, default.kl.where, default.kl.estimator, schema.SamplingParams().n) is None
 
 
+# Place and estimator of the KL, normalise, aggregate, clip_low, clip_high, ratio, off_policy's weight and level.
+DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "grpo": ("loss", "k2", "group", "token", 0.2, 0.2, "token", "truncate", "token"),
+    "dr_grpo": ("loss", "k2", "none", "fixed", 0.2, 0.2, "token", "truncate", "token"),
+    "rloo": ("reward", "k1", "none", "token", 0.2, 0.2, "token", "truncate", "token"),
+    "reinforce_pp": ("reward", "k1", "batch", "token", 0.2, 0.2, "token", "truncate", "token"),
+    "reinforce_pp_baseline": ("loss", "k2", "batch", "token", 0.2, 0.2, "token", "truncate", "token"),
+    "remax": ("reward", "k1", "none", "token", 0.2, 0.2, "token", "truncate", "token"),
+    "ppo": ("reward", "k1", "batch", "token", 0.2, 0.2, "token", "truncate", "token"),
+    "dapo": ("none", "k2", "group", "token", 0.2, 0.28, "token", "truncate", "token"),
+    "gspo": ("loss", "k2", "group", "sequence", 3e-4, 4e-4, "sequence", "truncate", "geometric"),
+    "cispo": ("none", "k2", "group", "token", 1.0, 4.0, "token", "truncate", "token"),
+    "rft": ("none", "k2", "none", "token", 0.2, 0.2, "token", "none", "token"),
+    "online_dpo": ("pairs", "k2", "none", "sequence", 0.2, 0.2, "token", "none", "token"),
+    "online_ipo": ("pairs", "k2", "none", "sequence", 0.2, 0.2, "token", "none", "token"),
+}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_defaults_are_those_of_the_docs(name: str) -> None:
+    of = schema.Algorithm.model_validate({"name": name})
+    method = (of.normalise, of.aggregate, of.clip_low, of.clip_high, of.ratio)
+    assert (of.kl.where, of.kl.estimator, *method, of.off_policy.weight, of.off_policy.level) == DEFAULTS[name]
+    page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    rows = re.findall(rf"^\| `{name}` \|.*$", page, re.M)
+    assert rows, "the docs have no row of it"
+    assert all(f"abs/{number}" in rows[0] for number in re.findall(r"arXiv:([\d.]+\d)", FACTS[name].paper))
+
+
 def test_a_given_key_is_not_overruled_by_the_algorithm() -> None:
     of = schema.Algorithm.model_validate({"name": "gspo", "clip_low": 0.1, "off_policy": {"cap": 3}})
     assert (of.clip_low, of.clip_high, of.ratio) == (0.1, 4e-4, "sequence")
@@ -75,15 +74,89 @@ def test_a_given_key_is_not_overruled_by_the_algorithm() -> None:
 
 @pytest.mark.parametrize("name", BY_HAND)
 def test_advantages_by_hand(name: str) -> None:
-    expected = torch.tensor(BY_HAND[name])
-    if name in ("reinforce_pp", "ppo"):
-        inside = expected[MASK]
-        expected = torch.where(MASK, (expected - inside.mean()) / inside.std(correction=0), torch.zeros(4, 2))
     found = advantages(name, INPUTS)
-    torch.testing.assert_close(found.advantages.float(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found.advantages.float(), expected(name), atol=1e-5, rtol=0)
     assert (found.returns is not None) == (name == "ppo")
     if found.chosen is not None:
         assert found.chosen.tolist() == [bool(row[0]) for row in BY_HAND[name]]
+
+
+THREE = AdvantageInputs(
+    rewards=torch.tensor([1.0, 2.0, 6.0]),
+    groups=torch.zeros(3),
+    mask=torch.ones(3, 1, dtype=torch.bool),
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("grpo", [-2 / 2.160247, -1 / 2.160247, 3 / 2.160247]),  # the deviation is sqrt((4 + 1 + 9) / 3)
+        ("dr_grpo", [-2.0, -1.0, 3.0]),
+        ("rloo", [-3.0, -1.5, 4.5]),  # 1 - (2 + 6) / 2, ...
+        ("rft", [0.0, 0.0, 1.0]),
+        ("online_dpo", [-1.0, 0.0, 1.0]),
+        ("online_ipo", [-1.0, 0.0, 1.0]),
+    ],
+)
+def test_a_group_of_three_by_hand(name: str, expected: list[float]) -> None:
+    assert advantages(name, THREE).advantages[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_discount_and_lambda_by_hand() -> None:
+    """Reward 4 after two tokens, values 1 and 2, gamma = lam = 0.5: deltas 0 + 1 - 1 = 0 and 4 - 2 = 2."""
+    inputs = AdvantageInputs(
+        rewards=torch.tensor([4.0]),
+        groups=torch.zeros(1),
+        mask=torch.tensor([[True, True]]),
+        kl=torch.ones(1, 2),
+        values=torch.tensor([[1.0, 2.0]]),
+        gamma=0.5,
+        lam=0.5,
+        normalise="none",
+    )
+    found = ALGORITHMS["ppo"].advantages(inputs)
+    assert (found.advantages.tolist(), found.returns.tolist()) == ([[0.5, 2.0]], [[1.5, 4.0]])
+    found = ALGORITHMS["ppo"].advantages(replace(inputs, kl_coefficient=0.5))  # 0.5 less at every token
+    assert (found.advantages.tolist(), found.returns.tolist()) == ([[-0.125, 1.5]], [[0.875, 3.5]])
+    found = ALGORITHMS["reinforce_pp"].advantages(replace(inputs, kl_coefficient=0.5))
+    assert found.advantages.tolist() == [[1.25, 3.5]]
+
+
+# Without the first completion's tokens: its reward 4 has no KL and counts in its group's mean; the second's is 2.
+WITHOUT_THE_FIRST: dict[str, list[float]] = {  # of the four tokens that are left
+    "grpo": [-1.0, 1.0, -1.0, -1.0],
+    "dapo": [-1.0, 1.0, -1.0, -1.0],
+    "gspo": [-1.0, 1.0, -1.0, -1.0],
+    "cispo": [-1.0, 1.0, -1.0, -1.0],
+    "dr_grpo": [-1.0, 0.5, -0.5, -0.5],
+    "rloo": [-2.0, 1.0, -1.0, -1.0],
+    "reinforce_pp_baseline": [-1.147079, 1.605910, -0.229416, -0.229416],  # those of dr_grpo, whitened
+    "remax": [1.0, 2.0, 1.0, 1.0],
+    "reinforce_pp": [0.904534, 0.904534, -1.507557, -0.301511],  # 2, 2, 1, 1.5, whitened
+    "ppo": [0.904534, 0.904534, -1.507557, -0.301511],
+    "rft": [0.0, 1.0, 0.0, 0.0],
+    "online_dpo": [0.0, 0.0, 0.0, 0.0],
+    "online_ipo": [0.0, 0.0, 0.0, 0.0],
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_an_empty_completion_by_hand(name: str) -> None:
+    mask = MASK.clone()
+    mask[0] = False
+    found = advantages(name, replace(INPUTS, mask=mask)).advantages
+    assert found[mask].tolist() == pytest.approx(WITHOUT_THE_FIRST[name], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("remax", [2.0, 2.0]), ("reinforce_pp", [-1.0, 1.0]), ("ppo", [-1.0, 1.0])],  # to go 3 and 3.5, whitened
+)
+def test_one_rollout_by_hand(name: str, expected: list[float]) -> None:
+    first = {key: getattr(INPUTS, key)[:1] for key in ("rewards", "groups", "mask", "kl", "values", "greedy")}
+    found = advantages(name, replace(INPUTS, **first)).advantages
+    assert found[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -132,141 +205,6 @@ def test_more_than_one_of_the_best_is_imitated_if_asked_for() -> None:
 def test_a_missing_input_is_an_error(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         advantages(name, replace(INPUTS, values=None, greedy=None, kl=None if name == "rloo" else KL))
-
-
-# One completion a row, two tokens; of the second row the last is padding.
-LOGPROBS = torch.tensor([[-1.0, -2.0], [-0.5, -9.0]])
-TOKENS = torch.tensor([[True, True], [True, False]])
-
-
-def losses(name: str, ratios: Any, signs: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """Loss and whether clipped, for ratios current / proximal of the tokens."""
-    section = schema.Algorithm.model_validate({"name": name})
-    inputs = LossInputs(
-        logprobs=LOGPROBS,
-        proximal=LOGPROBS - torch.tensor(ratios).log(),
-        advantages=torch.tensor(signs) * TOKENS,
-        mask=TOKENS,
-        rewards=torch.tensor([math.log(3), 0.0]),
-        groups=torch.tensor([0, 0]),
-        reference=LOGPROBS - torch.tensor([[0.5, 0.5], [-1.0, 77.0]]),  # log-ratios to it: 1 and -1
-        beta=0.5,
-        clip_low=options.pop("clip_low", section.clip_low),
-        clip_high=options.pop("clip_high", section.clip_high),
-        ratio=section.ratio,
-        **options,
-    )
-    found = ALGORITHMS[name].loss(inputs)
-    return found.loss, found.clipped & TOKENS
-
-
-SURROGATES = sorted(name for name in FACTS if name not in ("gspo", "cispo", "rft", "online_dpo", "online_ipo"))
-
-
-@pytest.mark.parametrize("name", SURROGATES)
-@pytest.mark.parametrize(
-    ("sign", "ratio", "expected", "clipped"),
-    [
-        (1.0, 0.5, -0.5, False),
-        (1.0, 1.19, -1.19, False),
-        (1.0, 1.5, -1.2, True),
-        (-1.0, 0.5, 0.8, True),
-        (-1.0, 0.81, 0.81, False),
-        (-1.0, 1.5, 1.5, False),
-    ],
-)
-def test_the_clipped_surrogate_on_either_side_of_its_bounds(
-    name: str, sign: float, ratio: float, expected: float, clipped: bool
-) -> None:
-    loss, where = losses(name, [[ratio, 1.0], [1.0, 1.0]], [[sign, sign], [sign, sign]], clip_low=0.2, clip_high=0.2)
-    assert loss[0, 0].item() == pytest.approx(expected) and loss[0, 1].item() == pytest.approx(-sign)
-    assert where.tolist() == [[clipped, False], [False, False]] and loss[1, 1] == 0
-
-
-def test_clip_higher_is_asymmetric_by_default_in_dapo_only() -> None:
-    ratios, plus = [[1.25, 1.0], [1.0, 1.0]], [[1.0, 1.0], [1.0, 1.0]]
-    assert losses("dapo", ratios, plus)[0][0, 0].item() == pytest.approx(-1.25)
-    assert losses("dapo", [[1.35, 1.0], [1.0, 1.0]], plus)[0][0, 0].item() == pytest.approx(-1.28)
-    assert losses("grpo", ratios, plus)[0][0, 0].item() == pytest.approx(-1.2)
-
-
-def test_dual_clip_bounds_the_loss_of_what_is_bad_and_became_likely() -> None:
-    minus = [[-1.0, -1.0], [-2.0, -2.0]]
-    loss, clipped = losses("ppo", [[5.0, 2.9], [5.0, 1.0]], minus, dual_clip=3.0)
-    assert loss[0].tolist() == pytest.approx([3.0, 2.9]) and loss[1, 0].item() == pytest.approx(6.0)
-    assert clipped.tolist() == [[True, False], [True, False]]
-    good, _ = losses("ppo", [[0.1, 0.1], [0.1, 0.1]], [[1.0, 1.0], [1.0, 1.0]], dual_clip=3.0)
-    assert good[0].tolist() == pytest.approx([-0.1, -0.1]), "only negative advantages are bounded"
-
-
-def test_gspo_clips_whole_completions_by_the_geometric_mean() -> None:
-    plus = [[1.0, 1.0], [1.0, 1.0]]
-    loss, clipped = losses("gspo", [[0.5, 2.0], [1.0003, 50.0]], plus)
-    assert loss[0].tolist() == pytest.approx([-1.0, -1.0]) and loss[1, 0].item() == pytest.approx(-1.0003)
-    loss, clipped = losses("gspo", [[1.0, 2.0], [1.001, 50.0]], plus)  # sqrt(2), and 1.001: both above 1.0004
-    assert loss[0].tolist() == pytest.approx([-1.0004, -1.0004]) and loss[1, 0].item() == pytest.approx(-1.0004)
-    assert clipped.tolist() == [[True, True], [True, False]]
-
-
-def test_cispo_keeps_the_gradient_of_what_it_clips() -> None:
-    logprobs = LOGPROBS.clone().requires_grad_()
-    inputs = LossInputs(
-        logprobs=logprobs,
-        proximal=LOGPROBS - torch.tensor([[1.5, 0.1], [1.0, 1.0]]).log(),
-        advantages=torch.tensor([[2.0, 2.0], [-1.0, 0.0]]),
-        mask=TOKENS,
-        rewards=torch.zeros(2),
-        groups=torch.zeros(2),
-        clip_low=1.0,
-        clip_high=0.2,
-    )
-    found = ALGORITHMS["cispo"].loss(inputs)
-    # -A · min(ratio, 1.2) · log-prob; nothing is limited from below.
-    torch.testing.assert_close(found.loss.detach(), torch.tensor([[2.4, 0.4], [-0.5, 0.0]]))
-    (gradient,) = torch.autograd.grad(found.loss.sum(), logprobs)
-    torch.testing.assert_close(gradient, torch.tensor([[-2.4, -0.2], [1.0, 0.0]]))
-    assert found.clipped.tolist() == [[True, False], [False, False]]
-
-
-def test_rft_imitates() -> None:
-    loss, clipped = losses("rft", [[5.0, 5.0], [5.0, 5.0]], [[1.0, 1.0], [0.0, 0.0]])
-    assert loss.tolist() == [[1.0, 2.0], [0.0, 0.0]] and not clipped.any()
-
-
-@pytest.mark.parametrize(
-    ("name", "labels", "expected"),
-    [
-        # β · (1 - -1) = 1; the label σ(ln 3) = 0.75: 0.75·ln(1 + e⁻¹) + 0.25·ln(1 + e)
-        ("online_dpo", "bradley_terry", 0.563262),
-        ("online_dpo", "hard", 0.313262),
-        # log-ratio 2 against (2 · 0.75 - 1) / (2 · 0.5) = 0.5, and against 1
-        ("online_ipo", "bradley_terry", 2.25),
-        ("online_ipo", "hard", 1.0),
-    ],
-)
-def test_the_loss_of_a_pair_stands_at_every_token_of_both(name: str, labels: str, expected: float) -> None:
-    loss, clipped = losses(name, [[5.0, 5.0], [5.0, 5.0]], [[1.0, 1.0], [-1.0, -1.0]], labels=labels)
-    torch.testing.assert_close(loss, torch.tensor([[expected, expected], [expected, 0.0]]), atol=1e-5, rtol=0)
-    assert not clipped.any()
-
-
-def test_pairs_find_each_other_in_any_order_of_rows() -> None:
-    generator = torch.Generator().manual_seed(0)
-    inputs = LossInputs(
-        logprobs=torch.randn(6, 3, generator=generator),
-        proximal=torch.zeros(6, 3),
-        advantages=torch.tensor([1.0, -1.0, -1.0, 1.0, 1.0, -1.0])[:, None].expand(-1, 3),
-        mask=torch.ones(6, 3, dtype=torch.bool),
-        rewards=torch.randn(6, generator=generator),
-        groups=torch.tensor([7, 7, 2, 2, 4, 4]),
-        reference=torch.randn(6, 3, generator=generator),
-        beta=0.3,
-    )
-    order = torch.tensor([4, 1, 3, 0, 5, 2])
-    per_row = ("logprobs", "proximal", "advantages", "mask", "rewards", "groups", "reference")
-    moved = replace(inputs, **{name: getattr(inputs, name)[order] for name in per_row})
-    for name in ("online_dpo", "online_ipo"):
-        torch.testing.assert_close(ALGORITHMS[name].loss(moved).loss, ALGORITHMS[name].loss(inputs).loss[order])
 
 
 @pytest.mark.parametrize(

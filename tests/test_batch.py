@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from trainers.batch import clustered_se, disagreement, rollout_metrics, upper_tail
+from trainers.batch import assemble, clustered_se, disagreement, informative, rollout_metrics, upper_tail
 from trainers.mismatch import from_scores
 from trainers.types import Group, Prompt, Rollout, VersionSpan
 
@@ -142,3 +143,25 @@ def test_one_model_and_a_model_without_spread_say_nothing() -> None:
     rollouts = scored([1, 2], [3, 4])
     assert disagreement(rollouts, {"a": 1.0}, FIRST) is None and disagreement(rollouts, {}, {}) is None
     assert disagreement(rollouts, {"a": 1.0, "b": 1.0}, FIRST | {"reward/b/std": 0.0}) is None
+
+
+def test_a_group_informs_where_the_rewards_of_its_sampled_rollouts_differ() -> None:
+    same, other, alike = (
+        group(0, [rollout(f"s{i}", r) for i, r in enumerate(of)]) for of in ([0, 0, 0], [0, 1, 0], [1, 1])
+    )
+    assert (informative(same), informative(other), informative(alike)) == (False, True, False)
+    greedy = group(0, [rollout("s0", 1.0), rollout("s1", 1.0), rollout("s2", 0.0, greedy=True)])
+    assert not informative(greedy), "the greedy completion is not trained on"
+    summed = [rollout("s0", 1.0, {"a": 1.0, "b": 0.0}), rollout("s1", 1.0, {"a": 0.0, "b": 1.0})]
+    assert not informative(group(0, summed))
+
+
+def test_a_completion_without_tokens_is_assembled_and_described() -> None:
+    empty = replace(rollout("s0", 1.0), token_ids=np.zeros(0, np.int32), logprobs=np.zeros(0, np.float32), spans=())
+    late = replace(rollout("s1", 0.0), spans=(VersionSpan(start=0, stop=2, version=3),))
+    batch = assemble([group(0, [empty, late])], version=4)
+    assert batch.mask.tolist() == [[False, False], [True, True]]
+    metrics = rollout_metrics([group(0, [empty, late])], version=4)
+    assert (metrics["rollout/length_mean"], metrics["rollout/staleness_max"]) == (1.0, 1.0)
+    assert metrics["rollout/staleness_mean"] == 1.0, "what was never sampled is of no version"
+    assert rollout_metrics([group(0, [empty, empty])], version=4)["rollout/staleness_max"] == 0.0

@@ -68,6 +68,28 @@ def test_the_bounds_themselves_are_inside(ratio: float, weight: float, masked: b
     assert got.weights.item() == pytest.approx(weight) and got.masked.item() is masked
 
 
+@pytest.mark.parametrize(
+    ("options", "weights", "masked"),
+    [
+        ({"weight": "truncate", "level": "token"}, [2.0, 0.25, 2.0], [False] * 3),  # the ratios 2, 0.25 and 3
+        ({"weight": "truncate", "level": "sequence"}, [1.5] * 3, [False] * 3),
+        ({"weight": "truncate", "level": "geometric"}, [1.5 ** (1 / 3)] * 3, [False] * 3),
+        ({"weight": "mask", "level": "token", "floor": 0.25}, [2.0, 0.25, 0.0], [False, False, True]),
+        ({"weight": "mask", "level": "token", "floor": 0.26}, [2.0, 0.0, 0.0], [False, True, True]),
+        ({"weight": "mask", "level": "sequence", "floor": 1.6}, [0.0] * 3, [True] * 3),
+        ({"weight": "mask", "level": "geometric", "floor": 1.1}, [1.5 ** (1 / 3)] * 3, [False] * 3),
+        ({"weight": "truncate", "level": "token", "reject_below": 0.25}, [2.0, 0.25, 2.0], [False] * 3),
+        ({"weight": "truncate", "level": "token", "reject_below": 0.26}, [0.0] * 3, [True] * 3),
+    ],
+)
+def test_one_completion_by_hand(options: dict[str, Any], weights: list[float], masked: list[bool]) -> None:
+    logs = torch.tensor([[math.log(2), math.log(0.25), math.log(3)]], dtype=torch.float64)
+    got = importance_weights(logs, torch.zeros_like(logs), torch.ones(1, 3, dtype=torch.bool), cap=2.0, **options)
+    assert got.weights[0].tolist() == pytest.approx(weights) and got.masked[0].tolist() == masked
+    cut = options["weight"] == "truncate" and options["level"] == "token" and not any(masked)
+    assert got.truncated[0].tolist() == [False, False, cut], "at the cap is not above it"
+
+
 def test_weights_do_not_overflow() -> None:
     behaviour = torch.full((1, 3), -1e4)
     for level in ("token", "sequence", "geometric"):
@@ -105,19 +127,22 @@ def versions(seed: int, age: int) -> tuple[Tables, Tables]:
 
 @pytest.mark.parametrize("age", [1, 2, 4, 8])
 def test_only_the_weight_of_the_whole_completion_makes_a_stale_gradient_exact(age: int) -> None:
-    errors: dict[str, list[float]] = {"sequence": [], "token": [], "none": []}
+    errors: dict[str, list[float]] = {"sequence": [], "token": [], "geometric": [], "rejecting": [], "none": []}
     for seed in range(1, 6):
         now, then = versions(seed, age)
         exact = exact_gradient(now, REWARDS)
         for level, found in {
             "sequence": stale(now, then, level="sequence", **OPEN),
             "token": stale(now, then, level="token", **OPEN),
+            "geometric": stale(now, then, level="geometric", **OPEN),
+            "rejecting": stale(now, then, level="sequence", reject_below=0.9, **OPEN),
             "none": stale(now, then, weight="none"),
         }.items():
             errors[level].append(float((found - exact).norm() / exact.norm()))
     assert max(errors["sequence"]) < 1e-12
     assert min(errors["none"]) > 0.02, "what is stale and uncorrected is measurably wrong"
-    assert min(errors["token"]) > 1e-3
+    assert min(errors["token"]) > 1e-3 and min(errors["geometric"]) > 1e-3
+    assert min(errors["rejecting"]) > 1e-3, "what is rejected is missing"
 
 
 def test_no_weight_corrects_a_kl_term_in_the_reward_for_staleness() -> None:

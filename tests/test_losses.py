@@ -74,6 +74,40 @@ def test_clipped_surrogate_against_a_loop(seed: int, low: float, high: float, du
         assert gradient[cell].item() == pytest.approx(0.0 if outside else -ratio * advantage)
 
 
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "dual", "loss", "clipped"),
+    [
+        (2.0, 1.0, None, -2.0, False),  # the bounds are 0.5 and 2, and inside
+        (2.01, 1.0, None, -2.0, True),
+        (0.5, -1.0, None, 0.5, False),
+        (0.49, -1.0, None, 0.5, True),
+        (9.0, 0.0, None, 0.0, False),
+        (4.0, -2.0, 4.0, 8.0, False),
+        (4.01, -2.0, 4.0, 8.0, True),
+    ],
+)
+def test_the_bounds_of_the_surrogate_are_inside(
+    ratio: float, advantage: float, dual: float | None, loss: float, clipped: bool
+) -> None:
+    log_ratio, advantages = torch.tensor([[ratio], [advantage]], dtype=torch.float64)
+    got, where = clipped_surrogate(log_ratio.log(), advantages, clip_low=0.5, clip_high=1.0, dual_clip=dual)
+    assert got.item() == pytest.approx(loss) and where.item() is clipped
+
+
+@pytest.mark.parametrize(("ratio", "clipped"), [(2.0, False), (2.01, True), (0.5, False), (0.49, True)])
+def test_the_bounds_of_the_weight_are_inside(ratio: float, clipped: bool) -> None:
+    one, log_ratio = torch.ones(1, dtype=torch.float64), torch.tensor([ratio], dtype=torch.float64).log()
+    assert clipped_weight_surrogate(one, log_ratio, one, clip_low=0.5, clip_high=1.0)[1].item() is clipped
+
+
+@pytest.mark.parametrize(("advantage", "loss"), [(1.0, -1.2), (0.0, 0.0)])
+def test_a_ratio_that_overflows_neither_teaches_nor_poisons(advantage: float, loss: float) -> None:
+    log_ratio = torch.tensor([100.0], requires_grad=True)  # e^100 is no float32
+    got, _ = clipped_surrogate(log_ratio, torch.tensor([advantage]), clip_low=0.2, clip_high=0.2)
+    (gradient,) = torch.autograd.grad(got.sum(), log_ratio)
+    assert got.item() == pytest.approx(loss) and gradient.item() == 0
+
+
 @settings(deadline=None, max_examples=30)
 @given(seed=SEEDS)
 def test_clipped_weight_surrogate_against_a_loop(seed: int) -> None:
@@ -96,6 +130,20 @@ def test_surrogate_has_the_gradient_of_reinforce_on_policy() -> None:
     (got,) = torch.autograd.grad(loss.sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad((-advantages * logprobs).sum(), logits)
     assert torch.allclose(got, expected, atol=1e-14) and not clipped.any()
+
+
+@pytest.mark.parametrize(
+    ("value", "target", "clip", "loss"),
+    [
+        (3.0, 4.0, 0.5, 3.125),  # the old value 1: kept at 1.5, which is 2.5 off
+        (3.0, 1.2, 0.5, 1.62),  # 1.8 off itself, kept it would be 0.3 off
+        (1.5, 4.0, 0.5, 3.125),  # at the bound
+        (3.0, 4.0, None, 0.5),
+    ],
+)
+def test_clipped_value_loss_by_hand(value: float, target: float, clip: float | None, loss: float) -> None:
+    new, old, returns = torch.tensor([[value], [1.0], [target]])
+    assert clipped_value_loss(new, old, returns, clip=clip).item() == pytest.approx(loss)
 
 
 @settings(deadline=None, max_examples=30)

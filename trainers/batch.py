@@ -68,7 +68,7 @@ def token_versions(rollout: Rollout) -> NDArray[np.int32]:
 def rollout_metrics(groups: Sequence[Group], version: int) -> dict[str, float]:
     """Describe the rollouts of a step by the names of docs/metrics.md."""
     rollouts = [rollout for group in groups for rollout in group.sampled]
-    staleness = [version - rollout.oldest_version for rollout in rollouts]
+    staleness = [version - rollout.oldest_version for rollout in rollouts if rollout.spans] or [0]
     rewards = [r.reward for r in rollouts]
     metrics = {f"reward/{name}": value for name, value in _spread(rewards).items()}
     error, tail = clustered_se([[r.reward for r in group.sampled] for group in groups]), upper_tail(rewards)

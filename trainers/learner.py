@@ -3,7 +3,6 @@
 import hashlib
 import pickle
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,12 +10,12 @@ from torch import Tensor
 
 from configs import schema
 from trainers import targets
-from trainers.algorithms import ALGORITHMS, LossInputs
 from trainers.engine import Process, random_state
-from trainers.importance import effective_share, importance_weights
+from trainers.importance import effective_share
 from trainers.losses import kl_estimate
 from trainers.microbatch import MicroBatch
 from trainers.models import completion_logprobs, load_policy
+from trainers.objective import token_losses
 from trainers.targets import Targets
 from trainers.trainee import Trainee
 from trainers.types import Batch, Floats, Ints, StepStats
@@ -81,7 +80,7 @@ class Learner:
             rows = list(micro.rows)
             logprobs, entropy = self._forward(batch, micro)
             proximal = trained.proximal[rows].to(logprobs.device) if recomputed else logprobs.detach()
-            loss, counted = self._token_losses(batch, rows, logprobs, proximal, towards)
+            loss, counted = token_losses(batch, rows, towards, self.algorithm, self.kl.value, logprobs, proximal)
             if self.algorithm.entropy_bonus:
                 loss = loss - self.algorithm.entropy_bonus * entropy
             total = (loss * weights[rows].to(loss.device)).sum() * micro.counts
@@ -93,50 +92,6 @@ class Learner:
             return total
 
         trained.grad_norms.append(self.engine.step(self.trainee.plan(batch, units), loss_fn))
-
-    def _token_losses(
-        self, batch: Batch, rows: list[int], logprobs: Tensor, proximal: Tensor, towards: Targets
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of each token (b, T), weighted by importance, and what is counted of it."""
-        config, device = self.algorithm, logprobs.device
-        here = partial(torch.tensor, device=device)
-        mask, behaviour = here(batch.mask[rows]), here(batch.behaviour_logprobs[rows])
-        reference = None if batch.reference_logprobs is None else here(batch.reference_logprobs[rows])
-        outputs = ALGORITHMS[config.name].loss(
-            LossInputs(
-                logprobs=logprobs,
-                proximal=proximal if config.proximal == "recompute" else behaviour,
-                advantages=towards.outputs.advantages[rows].to(device),
-                mask=mask,
-                rewards=towards.rewards[rows].to(device),
-                groups=here(batch.groups[rows]),
-                reference=reference,
-                beta=self.kl.value,
-                clip_low=config.clip_low,
-                clip_high=config.clip_high,
-                dual_clip=config.dual_clip,
-                ratio=config.ratio,
-                labels=config.pair_labels,
-            )
-        )
-        importance = importance_weights(proximal, behaviour, mask, **config.off_policy.model_dump())
-        in_ratio = config.proximal == "behaviour"  # the surrogate's ratio holds the weights already
-        loss = outputs.loss * (~importance.masked if in_ratio else importance.weights)
-        if config.kl.where == "loss" and self.kl.value > 0:
-            if reference is None:
-                raise ValueError("a KL term in the loss needs reference log-probs, and the batch has none")
-            # Weighted too: its expectation is over the policy's tokens, and these are another's.
-            term = self.kl.value * kl_estimate(logprobs, reference, config.kl.estimator)
-            loss = loss + term * importance.weights
-        counted = {
-            "tokens": mask,
-            "clipped": outputs.clipped & mask,
-            "weight": importance.weights,
-            "weight_squared": importance.weights.square(),
-            "truncated": importance.truncated,
-            "masked": importance.masked,
-        }
-        return loss, counted
 
     def _forward(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         inputs = self.trainee.inputs(batch, micro)

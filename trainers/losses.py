@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+LARGEST = 80.0  # log of a ratio: beyond, float32 overflows soon, and what clipping sets to 0 would be 0 · inf
+
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal["k1", "k2", "k3"]) -> Tensor:
     """Return a per-token estimate, in nats, of KL(policy || reference) at tokens sampled from the policy.
@@ -42,7 +44,7 @@ def clipped_surrogate(
     `dual_clip` the loss of a negative advantage A is at most -A · dual_clip. Schulman et al. 2017 (PPO), eq. 7; two
     bounds as in Yu et al. 2025 (DAPO); the third of Ye et al. 2020 (Dual-clip PPO).
     """
-    ratio = torch.exp(log_ratio)
+    ratio = torch.exp(log_ratio.clamp(max=LARGEST))
     loss = -advantages * ratio
     limited = -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     clipped = limited > loss
