@@ -183,6 +183,8 @@ def test_the_critics_and_the_plain_return_have_the_exact_gradient_too() -> None:
     for name in ("ppo", "reinforce_pp"):
         found = gradient(name, AWAY, normalise="none")
         torch.testing.assert_close(found, exact, atol=1e-12, rtol=0)
+    knows_nothing = expected_gradient(config("ppo", BETA, normalise="none"), AWAY, REFERENCE, REWARDS, size=2)
+    torch.testing.assert_close(knows_nothing, exact, atol=1e-12, rtol=0)  # lam = 1
 
 
 @pytest.mark.parametrize("size", [2, 3])

@@ -1,6 +1,7 @@
 """One rank or two, any ZeRO stage, any token budget: the same training."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from tests.ranks import RUNS, random_batch, recipe, tiny_policy, train_and_publi
 from trainers.critic import Critic
 from trainers.engine import free_port, learning_rate_factor, load_ops
 from trainers.kl import adapt
+from trainers.layout import sequences
 from trainers.learner import Learner
 from trainers.types import Batch
 
@@ -262,6 +264,33 @@ def test_ppo_with_a_critic(path: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.values(batch), critic.values(batch))
     critic.export(tmp_path / "exported")
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported").config.num_labels == 1
+
+
+def test_a_critics_step_by_hand(path: str) -> None:
+    """With gamma = lam = 1 and no KL the return of every token is its rollout's reward."""
+    critic = Critic(recipe(path, algorithm={"name": "ppo", "lam": 1.0, "kl": {"coefficient": 0.0}}))
+    batch = random_batch()
+    values = critic.values(batch)
+    metrics = critic.step(batch, values)
+    before = values[batch.mask]
+    returns = np.broadcast_to(batch.rewards[:, None], batch.mask.shape)[batch.mask]
+    assert metrics["loss/value"] == pytest.approx(((before - returns) ** 2).mean() / 2, rel=1e-4)
+    assert metrics["value/mean"] == pytest.approx(before.mean(), rel=1e-4)
+    assert metrics["value/explained_variance"] == pytest.approx(1 - (returns - before).var() / returns.var(), rel=1e-4)
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_ends_the_run(path: str, zero: int, broken: float) -> None:
+    engine = Learner(recipe(path, learner={"zero": zero})).engine
+    text = [np.arange(3, 7, dtype=np.int32)]
+
+    def loss(_: None) -> torch.Tensor:
+        logprobs, _entropy = engine.model(sequences(text, text, engine.device), temperature=1.0)
+        return logprobs.sum() * broken
+
+    with pytest.raises(FloatingPointError, match="the gradient is not finite"):
+        engine.step([None], loss)
 
 
 def test_gradient_checkpointing_changes_nothing(path: str) -> None:

@@ -18,6 +18,7 @@ from trainers.critic import Critic
 from trainers.importance import importance_weights
 from trainers.learner import Learner
 from trainers.losses import kl_estimate, token_weights
+from trainers.microbatch import MicroBatch
 from trainers.targets import RewardShaping, Targets, minibatches, plan, targets
 from trainers.types import Batch
 
@@ -155,16 +156,18 @@ def test_several_updates_are_those_of_a_plain_loop(path: str, name: str, options
     adam = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
     towards = targets(batch, config, config.kl.coefficient, RewardShaping(config=config, max_tokens=9), None)
     proximal = forward(model, batch)[0].detach()
-    losses, clipped = [], 0
+    losses, clipped, tokens = [], 0, 0
     for units in minibatches(towards.units, 2, 2, generator):
-        loss, outside = surrogate_of(of, batch, model, towards, proximal, [row for unit in units for row in unit])
+        rows = [row for unit in units for row in unit]
+        loss, outside = surrogate_of(of, batch, model, towards, proximal, rows)
         adam.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
         losses.append(loss.item())
-        clipped += outside
+        clipped, tokens = clipped + outside, tokens + int(batch.mask[rows].sum())
     assert stats.loss == pytest.approx(np.mean(losses), rel=1e-3, abs=1e-5)
+    assert stats.metrics["policy/clip_fraction"] == pytest.approx(clipped / tokens, abs=1.5 / tokens)
     assert (clipped > 0) == (name not in ("rft", "online_dpo")), "or clipping is not looked at"
     for key, tensor in learner.state_dict_for_publish().items():
         torch.testing.assert_close(tensor, model.state_dict()[key], **TOLERANCE)
@@ -236,6 +239,54 @@ def test_a_batch_of_empty_completions_changes_nothing_but_is_taken(path: str) ->
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize("name", ["grpo", "cispo"])
+def test_a_batch_whose_tokens_are_all_masked_changes_nothing(path: str, name: str) -> None:
+    """Every token was a third as likely when it was sampled."""
+    batch = a_batch(path)
+    own = forward(AutoModelForCausalLM.from_pretrained(path), batch)[0].detach().numpy()
+    off = replace(batch, behaviour_logprobs=np.where(batch.mask, own - math.log(3), 0).astype(np.float32))
+    learner = Learner(recipe(path, algorithm={"name": name, "off_policy": {"weight": "mask", "cap": 2.0}}))
+    before = learner.state_dict_for_publish()
+    metrics = learner.step(off).metrics
+    assert metrics["loss/policy"] == metrics["policy/grad_norm"] == 0
+    assert metrics["rollout/importance_masked_share"] == 1
+    assert metrics["rollout/importance_weight_mean"] == metrics["rollout/importance_effective_share"] == 0
+    after = learner.state_dict_for_publish()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_policy_whose_log_prob_is_no_number_is_not_updated(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, learner = a_batch(path), Learner(recipe(path))
+    before, plain = learner.state_dict_for_publish(), learner._forward
+
+    def broken(of: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        logprobs, entropy = plain(of, micro)
+        return logprobs.where(torch.tensor(micro.rows)[:, None] != 7, math.nan), entropy
+
+    monkeypatch.setattr(learner, "_forward", broken)
+    with pytest.raises(ValueError, match=f"sample {batch.uids[7]}: its loss is not a finite number"):
+        learner.step(batch)
+    after = learner.state_dict_for_publish()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize(("shift", "kl"), [(-1.0, math.exp(-1)), (1.0, math.e - 2)])
+def test_the_kl_that_is_logged_is_k3_of_the_policy(path: str, shift: float, kl: float) -> None:
+    batch = a_batch(path)
+    own = forward(AutoModelForCausalLM.from_pretrained(path), batch)[0].detach().numpy()
+    shifted = replace(batch, reference_logprobs=np.where(batch.mask, own + shift, 0).astype(np.float32))
+    assert Learner(recipe(path)).step(shifted).metrics["kl/reference"] == pytest.approx(kl, abs=1e-4)
+
+
+def test_the_entropy_of_an_even_policy(tmp_path: Path) -> None:
+    path = tiny_policy(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(path)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    model.save_pretrained(path)
+    metrics = Learner(recipe(path)).step(random_batch()).metrics
+    assert metrics["policy/entropy"] == pytest.approx(math.log(61), abs=1e-5)
+
+
 def test_a_critics_value_that_is_no_number_is_refused(path: str) -> None:
     batch = a_batch(path)
     values = np.zeros(batch.mask.shape, np.float32)
@@ -270,6 +321,7 @@ def test_bounds_are_counted(path: str) -> None:
     kept = np.where((ratio <= 1.2) & (ratio >= 0.8), ratio, 0)
     assert metrics["rollout/importance_masked_share"] == pytest.approx((kept == 0).mean())
     assert metrics["rollout/importance_truncated_share"] == 0
+    assert metrics["rollout/importance_weight_mean"] == pytest.approx(kept.mean(), rel=1e-3)
     assert metrics["rollout/importance_effective_share"] == pytest.approx(
         kept.sum() ** 2 / len(kept) / (kept**2).sum(), rel=1e-3
     )

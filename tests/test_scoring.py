@@ -4,7 +4,7 @@ import asyncio
 import math
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from configs.errors import UserError
 from configs.schema import Reference, Reward, RewardComponent
-from tests.tiny import policy, reward_model, tokenizer
+from tests.tiny import encoder_reward_model, policy, reward_model, tokenizer
 from trainers.data import conversation_ids
 from trainers.scoring import Judged, RewardModel, RuleFunction, combine
 from trainers.types import DataError, Group, Message, Prompt, Rollout
@@ -86,9 +86,12 @@ def group(texts: Sequence[str] = ("a", "B"), row: Mapping[str, Any] | None = Non
     return Group(prompt=prompt, rollouts=rollouts)
 
 
+@pytest.mark.parametrize("write", [reward_model, encoder_reward_model])
 @pytest.mark.parametrize("chat", [False, True])
-def test_a_score_is_that_of_hf_on_the_text_alone_whatever_the_batch(tmp_path: Path, chat: bool) -> None:
-    path = reward_model(tmp_path / "right", chat=chat)
+def test_a_score_is_that_of_hf_on_the_text_alone_whatever_the_batch(
+    tmp_path: Path, chat: bool, write: Callable[..., str]
+) -> None:
+    path = write(tmp_path / "right", chat=chat)
     hf = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
     ids = [conversation_ids(tokenizer(chat=chat), item.messages, item.completion) for item in ITEMS]
     with torch.no_grad():
@@ -99,7 +102,7 @@ def test_a_score_is_that_of_hf_on_the_text_alone_whatever_the_batch(tmp_path: Pa
         np.testing.assert_allclose(scores, alone, atol=2e-6)
     model = RewardModel(path)
     np.testing.assert_allclose(model.score(ITEMS[::-1])[::-1], alone, atol=2e-6)
-    left = RewardModel(reward_model(tmp_path / "left", chat=chat, padding_side="left"))
+    left = RewardModel(write(tmp_path / "left", chat=chat, padding_side="left"))
     np.testing.assert_allclose(left.score(ITEMS), alone, atol=2e-6)
 
 

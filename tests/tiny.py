@@ -8,6 +8,8 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -50,6 +52,16 @@ def reward_model(path: Path, *, chat: bool = False, padding_side: str = "right",
     """Write a random reward model with its tokenizer."""
     torch.manual_seed(0)
     LlamaForSequenceClassification(llama(num_labels=num_labels)).save_pretrained(path)
+    tokenizer(chat=chat, padding_side=padding_side).save_pretrained(path)
+    return str(path)
+
+
+def encoder_reward_model(path: Path, *, chat: bool = False, padding_side: str = "right") -> str:
+    """Write a random reward model that reads in both directions; it pads with another token than the tokenizer."""
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=128, **size, num_labels=1, pad_token_id=1, initializer_range=0.5)
+    BertForSequenceClassification(config).save_pretrained(path)
     tokenizer(chat=chat, padding_side=padding_side).save_pretrained(path)
     return str(path)
 
