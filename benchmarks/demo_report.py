@@ -295,10 +295,15 @@ def _heat(ax: Axes, title: str, counts: Sequence[Sequence[tuple[int, int]]]) -> 
     ax.set(yticks=range(len(BETAS)), yticklabels=[f"{beta:g}" for beta in BETAS], ylabel="KL coefficient")
 
 
+def sources(rows: Sequence[Row]) -> str:
+    """Return of which commits the finished runs are."""
+    found = Counter(f"{row['commit'][:7]}{', changed' if row['changed'] else ''}" for row in done(rows))
+    return ", ".join(f"{name} ({count} runs)" for name, count in found.items()) or "none"
+
+
 def page(rows: Sequence[Row], attempts: int, figure: str) -> str:
     """Return the whole page; `attempts` counts the lines behind `rows`, which are the last of each job."""
     found = by_cell(rows)
-    sources = Counter(f"{row['commit'][:7]}{', changed' if row['changed'] else ''}" for row in done(rows))
     centre = Cell(name=middle(), seeds=CONTROL_SEEDS, about=f"KL coefficient {DEMO[0]:g}, length bias {DEMO[1]:g}")
     planned = sorted((*cells()[4:], centre), key=lambda cell: [float(x) for x in cell.name.split("-")[1::2]])
     seconds = [row["total_s"] for row in done(rows)]
@@ -307,7 +312,7 @@ def page(rows: Sequence[Row], attempts: int, figure: str) -> str:
         f"{'Trial seeds: not a result. ' if any(row['seed'] in TRIAL_SEEDS for row in rows) else ''}"
         f"{len(rows)} jobs, {len(done(rows))} runs recorded, {attempts} lines. Seeds {SEEDS[0]} to {SEEDS[-1]} were "
         "written into `benchmarks/demo_plan.py` before any of them had run. Source: "
-        f"{', '.join(f'{name} ({count} runs)' for name, count in sources.items()) or 'none'}. "
+        f"{sources(rows)}. "
         f"Median {np.median(seconds) if seconds else float('nan'):.0f} s a run.",
         f"*Gold* below is not the run's own evaluation: every evaluated version was sampled again from its checkpoint, "
         f"{ANSWERS} answers to the held-out prompts on which nothing was chosen, and the peak is that of the smoothed "

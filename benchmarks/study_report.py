@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.demo_plan import ANSWERS, STALENESS, SURE, WEIGHTS, Cell, studies
+from benchmarks.demo_plan import ANSWERS, CONTROL_SEEDS, STALENESS, SURE, WEIGHTS, Cell, studies
 from benchmarks.demo_queue import Results
-from benchmarks.demo_report import failures, table
+from benchmarks.demo_report import failures, sources, table
 
 Row = Mapping[str, Any]
 
@@ -45,7 +45,7 @@ def of_algorithm(cell: Cell, rows: Sequence[Row]) -> list[object]:
         gains.append((chosen - start) > SURE * float(np.hypot(start_se, chosen_se)))
     return [
         f"`{cell.name.partition('-')[2]}`",
-        len(done) if len(done) == len(rows) else f"{len(done)} of {len(rows)}, the others failed",
+        f"{len(done)} of {cell.seeds}",
         spread(base),
         spread(best),
         f"{sum(gains)} of {len(done)}",
@@ -59,8 +59,8 @@ def of_algorithm(cell: Cell, rows: Sequence[Row]) -> list[object]:
 def algorithms(rows: Sequence[Row]) -> list[str]:
     """Return the page of the algorithms."""
     titles = [
-        "algorithm", "seeds", "gold of the base", "gold of the chosen version", f"rise above {SURE:g} SE",
-        "chosen versions", "gold at the end", "reward at the end", "KL at the end, nats/token",
+        "algorithm", "seeds run of those planned", "gold of the base", "gold of the chosen version",
+        f"rise above {SURE:g} SE", "chosen versions", "gold at the end", "reward at the end", "KL at the end, nats/token",
     ]  # fmt: skip
     planned = [cell for cell in studies() if cell.name.startswith("algorithm-")]
     of_cell = {cell.name: [row for row in rows if row["cell"] == cell.name] for cell in planned}
@@ -74,7 +74,8 @@ def algorithms(rows: Sequence[Row]) -> list[str]:
         "`configs/quickstart.yaml algorithm=NAME`, 48 steps of 64 rollouts each: equal samples, each algorithm "
         "with its own defaults and the recipe's learning rate, which was chosen for `grpo`; nothing was tuned for the "
         f"others. Gold is measured after the run on prompts on which nothing was chosen, {ANSWERS} answers of each "
-        "version. Mean over seeds (least to most). The reward is the reward model's.",
+        "version. Mean over seeds (least to most). The reward is the reward model's. Source: "
+        f"{sources(of_study(rows, 'algorithm-'))}.",
         "",
         *table(titles, lines),
         "",
@@ -85,7 +86,7 @@ def algorithms(rows: Sequence[Row]) -> list[str]:
 def staleness(rows: Sequence[Row]) -> list[str]:
     """Return the page of the stale rollouts."""
     titles = [
-        "bound", "weights", "seeds", "staleness reached", "reward at step 24", "reward at the end",
+        "bound", "weights", "seeds run of those planned", "staleness reached", "reward at step 24", "reward at the end",
         "gold, highest", "at version", "gold at the end", "effective share of tokens",
     ]  # fmt: skip
     lines = []
@@ -103,7 +104,7 @@ def staleness(rows: Sequence[Row]) -> list[str]:
         "`configs/quickstart.yaml` with another `loop.staleness`, 48 steps of 64 rollouts: equal samples. Weights "
         "`none`: the naive gradient; `truncate`: proximal / behaviour of each token, at most 2. Gold after the run "
         f"on prompts on which nothing was chosen, {ANSWERS} answers of each version, its highest smoothed value. "
-        "Mean over seeds (least to most).",
+        f"Mean over seeds (least to most). Source: {sources(of_study(rows, 'stale-'))}.",
         "",
         *table(titles, lines),
         "",
@@ -116,7 +117,7 @@ def of_bound(bound: int, weight: str, done: Sequence[Row]) -> list[object]:
     return [
         bound,
         weight,
-        len(done),
+        f"{len(done)} of {CONTROL_SEEDS}",
         spread([float(np.mean(row["staleness"]["mean"][12:])) for row in done], 1),
         spread([row["reward"]["mean"][23] for row in done]),
         spread([row["reward"]["mean"][-1] for row in done]),
@@ -129,7 +130,12 @@ def of_bound(bound: int, weight: str, done: Sequence[Row]) -> list[object]:
 
 def ended(rows: Sequence[Row], prefix: str) -> list[str]:
     """Return every run of a study that failed or was made more than once."""
-    return ["## Failed or repeated", "", *failures([row for row in rows if row["cell"].startswith(prefix)])]
+    return ["## Failed or repeated", "", *failures(of_study(rows, prefix))]
+
+
+def of_study(rows: Sequence[Row], prefix: str) -> list[Row]:
+    """Return the rows of the cells whose names begin so."""
+    return [row for row in rows if row["cell"].startswith(prefix)]
 
 
 def main() -> None:

@@ -185,12 +185,12 @@ def test_the_pages_of_the_studies_by_hand() -> None:
     rows += [{**recorded("stale-4-truncate", SEEDS[0]), "status": "failed", "error": "RuntimeError: a; see /a/log"}]
     page = study_report.algorithms(rows)
     assert (
-        "| `rloo` | 2 | 0.20 (0.20 to 0.20) | 0.33 (0.25 to 0.40) | 1 of 2 | 16, 16 "
+        "| `rloo` | 2 of 3 | 0.20 (0.20 to 0.20) | 0.33 (0.25 to 0.40) | 1 of 2 | 16, 16 "
         "| 0.05 (0.00 to 0.10) | 1.00 (1.00 to 1.00) | 0.300 (0.300 to 0.300) |"
     ) in page
     page = study_report.staleness(rows)
     assert (
-        "| 4 | none | 5 | 2.0 (2.0 to 2.0) | 0.50 (0.50 to 0.50) | 1.00 (1.00 to 1.00) | 0.40 (0.40 to 0.40) "
+        "| 4 | none | 5 of 5 | 2.0 (2.0 to 2.0) | 0.50 (0.50 to 0.50) | 1.00 (1.00 to 1.00) | 0.40 (0.40 to 0.40) "
         "| 16, 16, 16, 16, 16 | 0.00 (0.00 to 0.00) | 0.750 (0.750 to 0.750) |"
     ) in page
     assert page[-1] == "* stale-4-truncate/1001 failed: RuntimeError: a"
