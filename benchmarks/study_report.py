@@ -60,7 +60,8 @@ def algorithms(rows: Sequence[Row]) -> list[str]:
     """Return the page of the algorithms."""
     titles = [
         "algorithm", "seeds run of those planned", "gold of the base", "gold of the chosen version",
-        f"rise above {SURE:g} SE", "chosen versions", "gold at the end", "reward at the end", "KL at the end, nats/token",
+        f"rise above {SURE:g} SE", "chosen versions", "gold at the end", "reward at the end",
+        "KL at the end, nats/token",
     ]  # fmt: skip
     planned = [cell for cell in studies() if cell.name.startswith("algorithm-")]
     of_cell = {cell.name: [row for row in rows if row["cell"] == cell.name] for cell in planned}
