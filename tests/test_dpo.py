@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -282,6 +283,41 @@ def test_rankings_and_margins_come_from_the_rows(tmp_path: Path, monkeypatch: py
         assert scores == sorted(scores, reverse=True)
     else:
         assert result["loss_before"] > 3 and scores[0] - scores[2] > 3, "as far apart as the margin says, about"
+
+
+class TrainingBeginsError(Exception):
+    """Raised where rows would be trained on."""
+
+
+@pytest.mark.parametrize("what", ["dpo", "pairs", "kwise"])
+def test_all_rows_of_a_prompt_are_held_out_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Whatever their answers begin with: the split is by the prompt, which the commands hand on."""
+    answers = [("yes, so", "no"), ("yes, so", "yes, not"), ("a", "b")]
+    rows = [{"prompt": "a?", "chosen": one, "rejected": other} for one, other in answers]
+    rows += [{"prompt": "b?", "chosen": "a", "rejected": "b"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"path": str(tmp_path / "rows.jsonl"), "format": "pairs", **({"render": "text"} if what == "dpo" else {})}
+    section = {"output": str(tmp_path / "out"), "data": data}
+    models = {} if what == "dpo" else {"rm": section | ({"loss": "kwise"} if what == "kwise" else {})}
+    recipe = Recipe.model_validate(
+        {
+            "run": {"name": "case"},
+            "model": {"path": tiny.policy(tmp_path / "policy")},
+            "data": {"path": "none"},
+            "reward_models": models,
+            **({"dpo": section} if what == "dpo" else {}),
+        }
+    )
+    keys: list[str] = []
+
+    def take(_: Any, __: str, rows: Any, given: list[str], **___: Any) -> None:
+        keys.extend(given)
+        raise TrainingBeginsError
+
+    monkeypatch.setattr(offline, "train_dpo" if what == "dpo" else "train_reward", take)
+    with pytest.raises(TrainingBeginsError):
+        _ = offline.dpo(recipe) if what == "dpo" else offline.reward(recipe, ["rm"])
+    assert len(keys) == 4 and len(set(keys[:3])) == 1 and keys[3] != keys[0]
 
 
 def test_margins_that_are_missing_from_some_rows_are_counted_before_anything_is_trained(tmp_path: Path) -> None:
