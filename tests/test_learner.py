@@ -20,8 +20,8 @@ from tests.ranks import RUNS, random_batch, recipe, tiny_policy, train_and_publi
 from trainers.critic import Critic
 from trainers.engine import free_port, learning_rate_factor, load_ops
 from trainers.kl import adapt
-from trainers.layout import sequences
 from trainers.learner import Learner
+from trainers.microbatch import MicroBatch
 from trainers.types import Batch
 
 # They train on one pair of each group, or on its best rollout: 3 units in 2 minibatches, so that one of two ranks has
@@ -282,15 +282,13 @@ def test_a_critics_step_by_hand(path: str) -> None:
 @pytest.mark.parametrize("zero", [0, 2, 3])
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_ends_the_run(path: str, zero: int, broken: float) -> None:
-    engine = Learner(recipe(path, learner={"zero": zero})).engine
-    text = [np.arange(3, 7, dtype=np.int32)]
+    learner, batch = Learner(recipe(path, learner={"zero": zero})), random_batch()
 
-    def loss(_: None) -> torch.Tensor:
-        logprobs, _entropy = engine.model(sequences(text, text, engine.device), temperature=1.0)
-        return logprobs.sum() * broken
+    def loss(micro: MicroBatch) -> torch.Tensor:
+        return learner._forward(batch, micro)[0].sum() * broken
 
     with pytest.raises(FloatingPointError, match="the gradient is not finite"):
-        engine.step([None], loss)
+        learner.trainee.update(batch, [(row,) for row in range(12)], loss)
 
 
 def test_gradient_checkpointing_changes_nothing(path: str) -> None:

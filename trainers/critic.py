@@ -87,7 +87,7 @@ class Critic:
             shares.append(float(total.detach()))
             return total
 
-        norm = self.engine.step(self.trainee.plan(batch, units), loss_fn)
+        norm = self.trainee.update(batch, units, loss_fn)
         return sum(shares), norm
 
     def _forward(self, batch: Batch, micro: MicroBatch) -> Tensor:

@@ -91,7 +91,7 @@ class Learner:
                     trained.sums[name] += float(value.detach().sum())
             return total
 
-        trained.grad_norms.append(self.engine.step(self.trainee.plan(batch, units), loss_fn))
+        trained.grad_norms.append(self.trainee.update(batch, units, loss_fn))
 
     def _forward(self, batch: Batch, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         inputs = self.trainee.inputs(batch, micro)

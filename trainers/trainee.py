@@ -1,6 +1,7 @@
 """A network under training on one rank: what the policy's and the critic's learners have in common."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,18 @@ class Trainee:
             torch.tensor(batch.mask[rows]), self.algorithm.aggregate, fixed_length=self.fixed_length
         )
         return weights
+
+    def update(self, batch: Batch, units: Sequence[tuple[int, ...]], loss_fn: Callable[[MicroBatch], Tensor]) -> float:
+        """Take one optimizer step on `units`; return the gradient norm before clipping.
+
+        Raises FloatingPointError, on all ranks, if the gradient is not finite: no weights of this step may be used.
+        """
+        norm = self.engine.step(self.plan(batch, units), loss_fn)
+        if math.isnan(norm):
+            raise FloatingPointError(
+                "the gradient is not finite, and nothing of this step is published; resume the run"
+            )
+        return norm
 
     def inputs(self, batch: Batch, micro: MicroBatch) -> Sequences:
         """Return a micro-batch as the network takes it, on its device."""
