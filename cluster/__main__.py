@@ -33,7 +33,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return 0, 1 if the machines failed, 2 after a user's mistake, 130 after Ctrl-C."""
+    """Run one command; return 0, 1 if machines or numbers failed, 2 after a user's mistake, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     # A console script does not search the working directory, where the user's reward functions are.
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _print_error(error)
         return 2
-    except InfraError as error:
+    except (InfraError, FloatingPointError) as error:  # the latter: training met a number that is none
         if "--debug" in argv:
             raise
         _print_error(error)

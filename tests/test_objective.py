@@ -133,14 +133,14 @@ def test_padding_is_not_looked_at(name: str, what: str, junk: float) -> None:
 @pytest.mark.parametrize("junk", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_no_number_is_refused_with_its_sample(name: str, junk: float) -> None:
     batch = replace(four(), rewards=np.array([4.0, 1.0, junk, 2.0]))
-    with pytest.raises(ValueError, match="sample s2: its reward is not a finite number"):
+    with pytest.raises(FloatingPointError, match="sample s2: its reward is not a finite number"):
         towards(batch, section(name), np.zeros((4, 2)) if name == "ppo" else None)
 
 
 @pytest.mark.parametrize("name", FACTS)
 def test_a_log_prob_of_the_policy_that_is_no_number_is_refused_with_its_sample(name: str) -> None:
     batch, logprobs = two()
-    with pytest.raises(ValueError, match="sample s0: its loss is not a finite number"):
+    with pytest.raises(FloatingPointError, match="sample s0: its loss is not a finite number"):
         reduced(
             batch,
             section(name, fixed_length=9 if name == "dr_grpo" else None),

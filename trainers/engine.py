@@ -208,7 +208,7 @@ class TrainEngine:
     def step(self, micro_batches: Sequence[Micro], loss_fn: Callable[[Micro], Tensor]) -> float:
         """Take one optimizer step on the sum of all ranks' losses; return the gradient norm before clipping.
 
-        NaN if that is not finite: the weights are spoilt then. Every rank must bring equally many micro-batches.
+        NaN if that is not finite: the weights may be spoilt then. Every rank must bring equally many micro-batches.
         """
         for number, micro_batch in enumerate(micro_batches, start=1):
             # DeepSpeed divides by a static number of micro-batches and averages over ranks: neither is our loss.
@@ -218,7 +218,7 @@ class TrainEngine:
         self.model.step()
         reported = self.model.get_global_grad_norm()
         norm = own if reported is None else float(reported)
-        return norm if 0 <= norm < math.inf else math.nan  # ZeRO says -1
+        return norm if 0 <= norm < math.inf else math.nan  # -1 too: parts of DeepSpeed say that
 
     def skip(self, steps: int) -> None:
         """Move the learning rate's schedule on by optimizer steps that have nothing to train on."""

@@ -26,7 +26,7 @@ def token_losses(
 
     logprobs (b, T) of the current policy, with gradient; proximal (b, T) of the learner before the step; those of the
     behaviour policy and of the reference are in the batch, whose padding may hold anything. coefficient: of the KL
-    term. Raises ValueError if that has no reference log-probs, and for a loss that is not finite, naming the sample.
+    term. Raises ValueError if that has no reference log-probs, FloatingPointError for a loss that is not finite.
     """
     here = partial(torch.tensor, device=logprobs.device)
     mask = here(batch.mask[rows])
@@ -74,10 +74,10 @@ def token_losses(
 
 
 def _check_finite(loss: Tensor, mask: Tensor, uids: list[str]) -> None:
-    """Raise ValueError naming the first sample with a loss that is not finite: no weights may be made of it."""
+    """Raise FloatingPointError naming the first sample with a loss that is not finite: no weights may be made of it."""
     bad = (~loss.detach().isfinite() & mask).any(1)
     if bool(bad.any()):
         uid = uids[int(bad.nonzero()[0])]
-        raise ValueError(
+        raise FloatingPointError(
             f"sample {uid}: its loss is not a finite number, so the policy's log-probs are not or overflow"
         )

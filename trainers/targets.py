@@ -108,8 +108,8 @@ def targets(
 ) -> Targets:
     """Return what the whole batch is trained towards, `values` (B, T) being the critic's if there is one.
 
-    The KL in the reward is that of the policy that sampled. Raises ValueError if it has no reference log-probs, and for
-    a number that is not finite, naming the sample.
+    The KL in the reward is that of the policy that sampled. Raises ValueError if it has no reference log-probs,
+    FloatingPointError for a number that is not finite, naming the sample.
     """
     _check_finite(batch, values)
     in_reward = config.kl.where == "reward" and coefficient > 0
@@ -151,7 +151,7 @@ def _units(batch: Batch, config: schema.Algorithm, chosen: Tensor | None) -> tup
 
 
 def _check_finite(batch: Batch, values: Floats | None) -> None:
-    """Raise ValueError naming the first sample with a number that is not finite."""
+    """Raise FloatingPointError naming the first sample with a number that is not finite."""
     arrays: dict[str, Floats | None] = {
         "reward": batch.rewards,
         "greedy reward": batch.greedy_rewards,
@@ -165,7 +165,7 @@ def _check_finite(batch: Batch, values: Floats | None) -> None:
         bad = ~np.isfinite(array) if array.ndim == 1 else (~np.isfinite(array) & batch.mask).any(1)
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            raise ValueError(f"sample {batch.uids[row]}: its {what} is not a finite number")
+            raise FloatingPointError(f"sample {batch.uids[row]}: its {what} is not a finite number")
 
 
 def minibatches(
