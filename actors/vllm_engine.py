@@ -13,6 +13,7 @@ import numpy as np
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # read when vllm is imported; its children inherit it
 
 from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
 from vllm import SamplingParams as VllmSampling
 from vllm import TokensPrompt
 from vllm.config import WeightTransferConfig
@@ -26,7 +27,9 @@ from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 from vllm.v1.metrics.loggers import PrometheusStatLogger
 
 from actors.engine import EngineOptions, EngineStats, environ, environment, sample_seed
+from actors.text import completion_text, decodes_later
 from actors.weight_sync import BACKEND, WORKER_EXTENSION, NcclGroup, register_with_vllm
+from trainers.data import load_tokenizer
 from trainers.types import DataError, Floats, Group, InfraError, Ints, Prompt, Rollout, Sampling, VersionSpan
 
 register_with_vllm()
@@ -52,6 +55,7 @@ class Engine:
         self.version = -1  # nothing loaded
         self.broken: str | None = None
         self._llm: AsyncLLM | None = None
+        self._tokenizer: Tokenizer | None = None  # None: vLLM decodes
         self._slots = self._probe_slots = asyncio.Semaphore(1)
         self._open = asyncio.Event()
         self._loading = asyncio.Lock()
@@ -66,6 +70,7 @@ class Engine:
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=counts)
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
+        self._tokenizer = getattr(load_tokenizer(self.options.model_path), "backend_tokenizer", None)
         places = self._engine.vllm_config.scheduler_config.max_num_seqs
         kept = min(PROBE_PLACES, places - 1)
         self._slots = asyncio.Semaphore(places - kept)
@@ -216,12 +221,18 @@ class Engine:
     ) -> Rollout:
         seed = sample_seed(self.options.run, prompt.uid, index)
         uid = f"{prompt.uid}-s{index}"
-        salt, output = await self._request(uid, prompt.token_ids, _vllm_sampling(sampling, seed), probe, begun)
+        later = self._tokenizer is not None and decodes_later(sampling)
+        asked = _vllm_sampling(sampling, seed, detokenize=not later)
+        salt, output = await self._request(uid, prompt.token_ids, asked, probe, begun)
         completion = output.outputs[0]
         self.stats.rollouts += 1
         self.stats.prompt_tokens += len(prompt.token_ids)
         self.stats.completion_tokens += len(completion.token_ids)
-        return _rollout(uid, seed, salt, completion)
+        rollout = _rollout(uid, seed, salt, completion)
+        if not later:
+            return rollout
+        ids = rollout.token_ids[: len(rollout.token_ids) - (rollout.finish_reason == "stop")]  # without what ended it
+        return replace(rollout, text=completion_text(self._tokenizer, prompt.token_ids.tolist(), ids.tolist()))
 
     async def _greedy(self, prompt: Prompt, sampling: Sampling, probe: bool) -> Rollout:
         greedy = replace(sampling, temperature=0.0, top_p=1.0, top_k=0)
@@ -279,7 +290,7 @@ class Engine:
         return AsyncEngineArgs(**(arguments | dict(options.engine)))
 
 
-def _vllm_sampling(sampling: Sampling, seed: int) -> VllmSampling:
+def _vllm_sampling(sampling: Sampling, seed: int, *, detokenize: bool) -> VllmSampling:
     fields: dict[str, Any] = {
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
@@ -288,6 +299,8 @@ def _vllm_sampling(sampling: Sampling, seed: int) -> VllmSampling:
         "stop": list(sampling.stop),
         "seed": seed,
         "logprobs": 0,  # of the sampled token only
+        "flat_logprobs": True,
+        "detokenize": detokenize,
         "output_kind": RequestOutputKind.FINAL_ONLY,
     }
     return VllmSampling(**(fields | dict(sampling.extra)))
@@ -295,7 +308,8 @@ def _vllm_sampling(sampling: Sampling, seed: int) -> VllmSampling:
 
 def _rollout(uid: str, seed: int, salt: int, completion: CompletionOutput) -> Rollout:
     tokens = list(completion.token_ids)
-    logprobs = [entry[token].logprob for entry, token in zip(completion.logprobs or (), tokens, strict=True)]
+    flat: Any = completion.logprobs  # of each token the sampled one's comes first, whatever else was asked for
+    logprobs = [flat.logprobs[first] for first, _ in zip(flat.start_indices, tokens, strict=True)]
     spans = [VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in completion.weight_versions or ()]
     if spans and spans[0].version != salt:
         # Queued while weights changed: the prompt may have been read by the older version.

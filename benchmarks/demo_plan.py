@@ -6,11 +6,9 @@ Nothing here is chosen by looking at a result of SEEDS; whatever is tried out is
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from configs.algorithms import FACTS
 from configs.load import dotted, load
 from configs.schema import Recipe
 
@@ -19,9 +17,6 @@ RECIPE = ROOT / "configs" / "quickstart.yaml"
 SEEDS = tuple(range(1001, 1021))
 TRIAL_SEEDS = (1, 2, 3, 4, 5)
 CONTROL_SEEDS = 5  # of a control's cell, the first of SEEDS
-ALGORITHM_SEEDS = 3  # of each algorithm's cell
-STALENESS = (0, 1, 2, 4, 8)
-WEIGHTS = ("none", "truncate")
 SHIPPED = 0  # seed of the shipped world
 BETAS = (0.005, 0.02, 0.08, 0.3)  # KL coefficients
 BIASES = (0.0, 0.08, 0.16)  # utility of five more words to the annotators
@@ -124,38 +119,6 @@ def jobs(seeds: Sequence[int] = SEEDS) -> tuple[Job, ...]:
     turn = math.ceil(len(arms) / len(ARMS) / len(grid)) * len(ARMS)
     rest = [job for number, row in enumerate(grid) for job in (*row, *arms[number * turn : (number + 1) * turn])]
     return (*whole, *rest)
-
-
-def studies() -> tuple[Cell, ...]:
-    """Return the cells about training itself, in the shipped world: every algorithm, and stale rollouts."""
-    algorithms = [
-        Cell(
-            name=f"algorithm-{name}",
-            seeds=ALGORITHM_SEEDS,
-            about=f"{name} with its own defaults, KL coefficient {DEMO[0]:g}",
-            overrides=(f"algorithm={name}",),
-            shipped=True,
-        )
-        for name in FACTS
-    ]
-    stale = [
-        Cell(
-            name=f"stale-{bound}-{weight}",
-            seeds=CONTROL_SEEDS,
-            about=f"staleness up to {bound}, importance weights: {weight}",
-            overrides=(f"loop.staleness={bound}", f"algorithm.off_policy.weight={weight}"),
-            shipped=True,
-        )
-        for bound in STALENESS
-        for weight in WEIGHTS
-    ]
-    return (*algorithms, *stale)
-
-
-def study_jobs(seeds: Sequence[int] = SEEDS) -> tuple[Job, ...]:
-    """Return the jobs of the studies, seed by seed."""
-    of_cells = [of_cell(cell, seeds) for cell in studies()]
-    return tuple(job for row in zip_longest(*of_cells) for job in row if job is not None)
 
 
 def of_cell(cell: Cell, seeds: Sequence[int]) -> list[Job]:

@@ -61,8 +61,6 @@ def record(directory: Path, recipe: Recipe) -> Row:
         | {"reward_result": json.loads((_reward_model(recipe) / "result.json").read_text())},
         "reward": _training(rundir, "reward/mean", recipe.loop.batch_prompts * recipe.sampling.n),
         "kl": _training(rundir, "kl/reference", None),
-        "staleness": _training(rundir, "rollout/staleness_mean", None),
-        "effective_share": _training(rundir, "rollout/importance_effective_share", None),
         "evaluations": _evaluations(evaluations),
         "told": said,
         "alarm": alarm_of(said),

@@ -197,7 +197,7 @@ def rules(found: Mapping[str, Sequence[Row]]) -> list[str]:
             for row in good
             if row["findings"]["chosen_value"]
         ]
-        rows.append((cell, len(kept), *shares, _paired(off)))
+        rows.append((cell, len(kept), *shares, paired(off)))
     return table(("cell", "runs", *RULES, "value said less true value"), rows)
 
 
@@ -218,7 +218,7 @@ def actions(found: Mapping[str, Sequence[Row]]) -> list[str]:
         changes[f"{arm.name}: {arm.about}"] = {
             seed: _at(row, -1) - _at(continued[seed], -1) for seed, row in runs.items() if seed in continued
         }
-    rows = [(what, len(values), _paired(list(values.values()))) for what, values in changes.items()]
+    rows = [(what, len(values), paired(list(values.values()))) for what, values in changes.items()]
     skipped = Counter(why(row) for arm in ARMS for row in found.get(arm.name, []) if row["status"] != "done")
     told = [f"* {why}: {count}" for why, count in skipped.items()]
     return [*table(("instead of going on", "seeds", "gold at the end, change [95 %]"), rows), "", *told]
@@ -229,7 +229,8 @@ def _at(row: Row, version: int) -> float:
     return float(truth["mean"][-1 if version == -1 else truth["versions"].index(version)])
 
 
-def _paired(values: Sequence[float]) -> str:
+def paired(values: Sequence[float]) -> str:
+    """Return the mean of paired differences with its 95 % interval by Student's t."""
     if len(values) < 2:
         return "too few"
     mean, half = np.mean(values), stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)

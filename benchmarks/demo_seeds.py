@@ -24,7 +24,7 @@ import torch
 from transformers.utils import logging as hf_logging
 
 from benchmarks import demo_record
-from benchmarks.demo_plan import RECIPE, ROOT, SEEDS, TRIAL_SEEDS, Job, jobs, overrides, recipe_of, study_jobs
+from benchmarks.demo_plan import RECIPE, ROOT, SEEDS, TRIAL_SEEDS, Job, jobs, overrides, recipe_of
 from benchmarks.demo_queue import Queue, Results, SkippedError, deadline, hold, select, told, work
 from configs.errors import UserError
 from trainers.checkpoint import name_of
@@ -190,7 +190,7 @@ def main() -> None:
     try:
         until = deadline(options.until, options.minutes, datetime.now())
         seeds = TRIAL_SEEDS if options.trial else SEEDS
-        chosen = select((*jobs(seeds), *study_jobs(seeds)), options.cells, options.seeds)
+        chosen = select(jobs(seeds), options.cells, options.seeds)
         if options.list:
             results = Results(path)
             for job in chosen:

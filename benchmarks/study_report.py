@@ -1,21 +1,71 @@
-"""The pages of the studies of benchmarks.demo_seeds: every algorithm at equal samples, and stale rollouts.
+"""The pages of benchmarks.studies: every algorithm at equal samples, and stale rollouts.
 
-python -m benchmarks.study_report algorithms runs/demo-seeds/results.jsonl > docs/results/algorithms.md
-python -m benchmarks.study_report staleness runs/demo-seeds/results.jsonl > docs/results/staleness.md
+python -m benchmarks.study_report algorithms docs/results/studies.jsonl
+python -m benchmarks.study_report staleness docs/results/studies.jsonl --figure docs/results/staleness.png
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
-from benchmarks.demo_plan import ANSWERS, CONTROL_SEEDS, STALENESS, SURE, WEIGHTS, Cell, studies
+from benchmarks.demo_plan import SURE
 from benchmarks.demo_queue import Results
-from benchmarks.demo_report import failures, sources, table
+from benchmarks.demo_report import paired, sources, table
+from benchmarks.studies import (
+    ALGORITHM_SEEDS,
+    ANSWERS,
+    RATES,
+    STALE_SEEDS,
+    STALENESS,
+    WEIGHTS,
+    cells,
+    stale_name,
+)
+from configs.algorithms import FACTS
+from trainers.world_build import HELDOUT
 
 Row = Mapping[str, Any]
+Measure = Callable[[Row], float]
+COLOURS = "viridis"
+SAMPLES = (
+    f"Gold, reward (the reward model's) and KL are measured on {HELDOUT // 2} held-out prompts on which nothing was "
+    f"chosen, {ANSWERS} answers to each; the version is chosen on {HELDOUT // 2} others, one answer to each. "
+)
+
+
+def at_chosen(row: Row) -> float:
+    """Return gold of the chosen version."""
+    return float(row["gold"]["mean"][row["versions"].index(row["chosen"])])
+
+
+def gold_at_end(row: Row) -> float:
+    """Return gold of the last version."""
+    return float(row["gold"]["mean"][-1])
+
+
+def reward_at_end(row: Row) -> float:
+    """Return the reward of the last version."""
+    return float(row["reward"]["mean"][-1])
+
+
+MEASURES: Mapping[str, Measure] = {
+    "gold of the chosen version": at_chosen,
+    "gold at the end": gold_at_end,
+    "reward at the end": reward_at_end,
+}
+
+
+def late(row: Row, name: str) -> float:
+    """Return the mean of what steps say, over the second half of a run."""
+    values = row["steps"][name]
+    return float(np.mean(values[len(values) // 2 :]))
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -26,128 +76,172 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
-def gold_at(row: Row, version: int | None) -> tuple[float, float]:
-    """Return gold's mean and standard error at an evaluated version, on prompts on which nothing was chosen."""
-    truth = row["truth"]
-    place = truth["versions"].index(version)
-    return truth["mean"][place], truth["se"][place]
+def of(rows: Sequence[Row], cell: str) -> list[Row]:
+    """Return the runs of a cell by seed."""
+    return sorted((row for row in rows if row["cell"] == cell), key=lambda row: row["seed"])
 
 
-def of_algorithm(cell: Cell, rows: Sequence[Row]) -> list[object]:
+def of_algorithm(name: str, done: Sequence[Row]) -> list[object]:
     """Return a line of the table: gold of the base, of the chosen and of the last version, over the seeds."""
-    done = [row for row in rows if row["status"] == "done"]
-    base, best, last, gains = [], [], [], []
-    for row in done:
-        (start, start_se), (chosen, chosen_se) = gold_at(row, 0), gold_at(row, row["findings"]["chosen_version"])
-        base.append(start)
-        best.append(chosen)
-        last.append(row["truth"]["mean"][-1])
-        gains.append((chosen - start) > SURE * float(np.hypot(start_se, chosen_se)))
+    sure = [row["rise"] is not None and row["rise"]["value"] > SURE * row["rise"]["se"] for row in done]
     return [
-        f"`{cell.name.partition('-')[2]}`",
-        f"{len(done)} of {cell.seeds}",
-        spread(base),
-        spread(best),
-        f"{sum(gains)} of {len(done)}",
-        ", ".join(str(row["findings"]["chosen_version"]) for row in done),
-        spread(last),
-        spread([row["reward"]["mean"][-1] for row in done]),
-        spread([row["kl"]["mean"][-1] for row in done if row["kl"]["mean"]], 3),
+        f"`{name}`",
+        spread([row["gold"]["mean"][0] for row in done]),
+        spread([at_chosen(row) for row in done]),
+        f"{sum(sure)} of {len(done)}",
+        ", ".join(str(row["chosen"]) for row in done),
+        spread([gold_at_end(row) for row in done]),
+        spread([reward_at_end(row) for row in done]),
+        spread([row["steps"]["kl"][-1] for row in done if "kl" in row["steps"]], 3),
     ]
 
 
 def algorithms(rows: Sequence[Row]) -> list[str]:
     """Return the page of the algorithms."""
     titles = [
-        "algorithm", "seeds run of those planned", "gold of the base", "gold of the chosen version",
-        f"rise above {SURE:g} SE", "chosen versions", "gold at the end", "reward at the end",
-        "KL at the end, nats/token",
+        "algorithm", "gold of the base", "gold of the chosen version", f"rise above {SURE:g} SE", "chosen versions",
+        "gold at the end", "reward at the end", "KL at the end, nats/token",
     ]  # fmt: skip
-    planned = [cell for cell in studies() if cell.name.startswith("algorithm-")]
-    of_cell = {cell.name: [row for row in rows if row["cell"] == cell.name] for cell in planned}
-    lines = [of_algorithm(cell, of_cell[cell.name]) for cell in planned if of_cell[cell.name]]
+    found = {name: of(rows, f"algorithm-{name}") for name in FACTS}
     return [
         "# Every algorithm on the demo's world",
         "",
-        "    python -m benchmarks.demo_seeds runs/demo-seeds --cells algorithm-NAME …",
-        "    python -m benchmarks.study_report algorithms runs/demo-seeds/results.jsonl",
+        "    python -m benchmarks.studies runs/studies --cells algorithm",
+        "    python -m benchmarks.study_report algorithms runs/studies/part-1.jsonl",
         "",
-        "`configs/quickstart.yaml algorithm=NAME`, 48 steps of 64 rollouts each: equal samples, each algorithm "
-        "with its own defaults and the recipe's learning rate, which was chosen for `grpo`; nothing was tuned for the "
-        f"others. Gold is measured after the run on prompts on which nothing was chosen, {ANSWERS} answers of each "
-        "version. Mean over seeds (least to most). The reward is the reward model's. Source: "
-        f"{sources(of_study(rows, 'algorithm-'))}.",
+        "`configs/quickstart.yaml algorithm=NAME`, 48 steps of 64 rollouts each: equal samples, each algorithm with "
+        "its own defaults and the recipe's learning rate, which was chosen for `grpo`; nothing was tuned for others. "
+        f"{SAMPLES}Mean over {ALGORITHM_SEEDS} seeds fixed beforehand (least to most). The lines of the runs: "
+        "[studies.jsonl](studies.jsonl).",
+        *unfinished(found, ALGORITHM_SEEDS),
         "",
-        *table(titles, lines),
+        f"Source: {sources([row for done in found.values() for row in done])}.",
         "",
-        *ended(rows, "algorithm-"),
+        *table(titles, [of_algorithm(name, done) for name, done in found.items() if done]),
     ]
 
 
 def staleness(rows: Sequence[Row]) -> list[str]:
     """Return the page of the stale rollouts."""
-    titles = [
-        "bound", "weights", "seeds run of those planned", "staleness reached", "reward at step 24", "reward at the end",
-        "gold, highest", "at version", "gold at the end", "effective share of tokens",
-    ]  # fmt: skip
-    lines = []
-    for bound in STALENESS:
-        for weight in WEIGHTS:
-            done = [row for row in rows if row["cell"] == f"stale-{bound}-{weight}" and row["status"] == "done"]
-            if done:
-                lines.append(of_bound(bound, weight, done))
-    return [
+    found = {cell.name: of(rows, cell.name) for cell in cells() if cell.name.startswith("stale-")}
+    lines = [
         "# Stale rollouts on the demo's world",
         "",
-        "    python -m benchmarks.demo_seeds runs/demo-seeds --cells stale-0-none stale-0-truncate …",
-        "    python -m benchmarks.study_report staleness runs/demo-seeds/results.jsonl",
+        "    python -m benchmarks.studies runs/studies --cells stale",
+        "    python -m benchmarks.study_report staleness runs/studies/part-1.jsonl",
         "",
-        "`configs/quickstart.yaml` with another `loop.staleness`, 48 steps of 64 rollouts: equal samples. Weights "
-        "`none`: the naive gradient; `truncate`: proximal / behaviour of each token, at most 2. Gold after the run "
-        f"on prompts on which nothing was chosen, {ANSWERS} answers of each version, its highest smoothed value. "
-        f"Mean over seeds (least to most). Source: {sources(of_study(rows, 'stale-'))}.",
+        "`configs/quickstart.yaml` (`grpo`) with another `loop.staleness` S, 48 steps of 64 rollouts: equal samples. "
+        "Every rollout is as old as S allows and of one version (`benchmarks/solo.py`), which is the worst that the "
+        "bound lets through: in a run of `headroom train` staleness is below it whenever the generators are not ahead. "
+        "*Naive*: no importance weights; *truncated*: π_prox/μ of each token, at most 2, the default. "
+        f"{SAMPLES}Mean over {STALE_SEEDS} seeds fixed beforehand (least to most); the arms of a seed have prompts and "
+        "samples' seeds in common. The lines of the runs: [studies.jsonl](studies.jsonl).",
+        *unfinished(found, STALE_SEEDS),
         "",
-        *table(titles, lines),
+        f"Source: {sources([row for done in found.values() for row in done])}.",
         "",
-        *ended(rows, "stale-"),
+        "![Gold and reward by policy version](staleness.png)",
+    ]
+    for name, rate in RATES.items():
+        lines += ["", f"## Learning rate {rate:g} ({name})", ""]
+        lines += of_rate(found, name)
+    return lines
+
+
+def of_rate(found: Mapping[str, Sequence[Row]], rate: str) -> list[str]:
+    """Return the tables of one learning rate: every cell, and the differences of a seed's arms."""
+    titles = [
+        "S", "weights", "staleness, second half", "gold of the chosen version", "chosen versions", "gold at the end",
+        "reward at the end", "KL at the end, nats/token", "effective share of tokens, second half", "truncated share",
+    ]  # fmt: skip
+    bounds = STALENESS[rate]
+    each = {(S, weights): found[stale_name(S, weights, rate)] for S in bounds for weights in WEIGHTS}
+    cells = [of_bound(S, weights, done) for (S, weights), done in each.items() if done]
+    first = next(iter(WEIGHTS))
+    against = [
+        [f"{weights} less {first}", f"S = {S}", *differences(each[S, weights], each[S, first])]
+        for S in bounds
+        for weights in list(WEIGHTS)[1:]
+    ]
+    against += [
+        [f"S = {S} less S = {bounds[0]}", weights, *differences(each[S, weights], each[bounds[0], weights])]
+        for weights in WEIGHTS
+        for S in bounds[1:]
+    ]
+    return [
+        *table(titles, cells),
+        "",
+        "Differences between arms of a seed, mean [95 % over seeds]:",
+        "",
+        *table(["difference", "of", *MEASURES], against),
     ]
 
 
-def of_bound(bound: int, weight: str, done: Sequence[Row]) -> list[object]:
+def of_bound(bound: int, weights: str, done: Sequence[Row]) -> list[object]:
     """Return a line of the table of stale rollouts."""
     return [
         bound,
-        weight,
-        f"{len(done)} of {CONTROL_SEEDS}",
-        spread([float(np.mean(row["staleness"]["mean"][12:])) for row in done], 1),
-        spread([row["reward"]["mean"][23] for row in done]),
-        spread([row["reward"]["mean"][-1] for row in done]),
-        spread([max(row["truth"]["smoothed"]) for row in done]),
-        ", ".join(str(row["truth"]["peak_version"]) for row in done),
-        spread([row["truth"]["mean"][-1] for row in done]),
-        spread([float(np.mean(row["effective_share"]["mean"])) for row in done], 3),
+        weights,
+        spread([late(row, "staleness") for row in done], 1),
+        spread([at_chosen(row) for row in done]),
+        ", ".join(str(row["chosen"]) for row in done),
+        spread([gold_at_end(row) for row in done]),
+        spread([reward_at_end(row) for row in done]),
+        spread([row["steps"]["kl"][-1] for row in done], 3),
+        spread([late(row, "effective_share") for row in done], 3),
+        spread([late(row, "truncated_share") for row in done], 4),
     ]
 
 
-def ended(rows: Sequence[Row], prefix: str) -> list[str]:
-    """Return every run of a study that failed or was made more than once."""
-    return ["## Failed or repeated", "", *failures(of_study(rows, prefix))]
+def differences(arm: Sequence[Row], other: Sequence[Row]) -> list[str]:
+    """Return each measure's difference over the seeds that both arms have."""
+    pairs = [(one, two) for one in arm for two in other if one["seed"] == two["seed"]]
+    return [paired([measure(one) - measure(two) for one, two in pairs]) for measure in MEASURES.values()]
 
 
-def of_study(rows: Sequence[Row], prefix: str) -> list[Row]:
-    """Return the rows of the cells whose names begin so."""
-    return [row for row in rows if row["cell"].startswith(prefix)]
+def unfinished(found: Mapping[str, Sequence[Row]], seeds: int) -> list[str]:
+    """Return a paragraph that names what has fewer runs than planned, if anything has."""
+    left = [f"{cell}: {len(done)} of {seeds}" for cell, done in found.items() if len(done) < seeds]
+    return ["", f"Not run yet: {'; '.join(left)}."] if left else []
+
+
+def draw(path: Path, rows: Sequence[Row]) -> None:
+    """Draw gold and reward by version, mean over seeds: a colour for each bound, dashed without weights."""
+    figure = Figure(figsize=(9, 3.4 * len(RATES)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(RATES), 2, squeeze=False)
+    for of_rate, (rate, value) in zip(axes, RATES.items(), strict=True):
+        for axis, metric in zip(of_rate, ("gold", "reward"), strict=True):
+            curves(axis, rows, rate, metric)
+            axis.set(title=f"{metric}, learning rate {value:g}", xlabel="policy version", ylabel=f"held-out {metric}")
+    axes[0][0].legend(fontsize=7, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def curves(axis: Axes, rows: Sequence[Row], rate: str, metric: str) -> None:
+    """Draw the mean over seeds of every cell of a learning rate."""
+    every = STALENESS["slow"]
+    for bound in STALENESS[rate]:
+        colour = colormaps[COLOURS](0.9 * every.index(bound) / (len(every) - 1))
+        for number, weights in enumerate(WEIGHTS):
+            done = of(rows, stale_name(bound, weights, rate))
+            if done:
+                mean = np.mean([row[metric]["mean"] for row in done], axis=0)
+                style = ("--", "-", ":", "-.")[number]
+                axis.plot(done[0]["versions"], mean, style, color=colour, lw=1.3, label=f"S = {bound}, {weights}")
 
 
 def main() -> None:
     """Print a page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", choices=("algorithms", "staleness"))
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
+    parser.add_argument("--figure", type=Path, help="of the page on staleness: where its picture goes")
     options = parser.parse_args()
-    rows = Results(options.results).rows
-    latest = list({row["job"]: row for row in rows}.values())
-    print("\n".join((algorithms if options.page == "algorithms" else staleness)(latest)).rstrip())
+    rows = [row for path in options.results for row in Results(path).rows]
+    if options.figure is not None:
+        draw(options.figure, rows)
+    print("\n".join((algorithms if options.page == "algorithms" else staleness)(rows)).rstrip())
 
 
 if __name__ == "__main__":

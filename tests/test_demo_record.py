@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import demo_report, study_report
+from benchmarks import demo_report
 from benchmarks.demo_plan import SEEDS, jobs
 from benchmarks.demo_queue import Results
 from benchmarks.demo_record import agreement, alarm_of, as_hf, branch, golds_of, outcome, told, untouched
@@ -172,28 +172,6 @@ def recorded(cell: str, seed: int, state: str | None = "parted", fell: bool = Tr
         "reward_model": {"first": {"with_gold": 0.7}, "last": {"with_gold": 0.5}},
         "world": {"reward_accuracy": 0.69},
     } | fields  # fmt: skip
-
-
-def test_the_pages_of_the_studies_by_hand() -> None:
-    curves = {
-        "reward": {"mean": [0.0] * 23 + [0.5] + [1.0] * 24}, "staleness": {"mean": [0.0] * 12 + [2.0] * 36},
-        "effective_share": {"mean": [0.75] * 48},
-    }  # fmt: skip
-    rows = [recorded("algorithm-rloo", seed, **curves) for seed in SEEDS[:2]]
-    rows[1]["truth"] = rows[1]["truth"] | {"mean": [0.2, 0.25, 0.1]}  # a rise of 1.8 standard errors
-    rows += [recorded("stale-4-none", seed, **curves) for seed in SEEDS[:5]]
-    rows += [{**recorded("stale-4-truncate", SEEDS[0]), "status": "failed", "error": "RuntimeError: a; see /a/log"}]
-    page = study_report.algorithms(rows)
-    assert (
-        "| `rloo` | 2 of 3 | 0.20 (0.20 to 0.20) | 0.33 (0.25 to 0.40) | 1 of 2 | 16, 16 "
-        "| 0.05 (0.00 to 0.10) | 1.00 (1.00 to 1.00) | 0.300 (0.300 to 0.300) |"
-    ) in page
-    page = study_report.staleness(rows)
-    assert (
-        "| 4 | none | 5 of 5 | 2.0 (2.0 to 2.0) | 0.50 (0.50 to 0.50) | 1.00 (1.00 to 1.00) | 0.40 (0.40 to 0.40) "
-        "| 16, 16, 16, 16, 16 | 0.00 (0.00 to 0.00) | 0.750 (0.750 to 0.750) |"
-    ) in page
-    assert page[-1] == "* stale-4-truncate/1001 failed: RuntimeError: a"
 
 
 def test_the_page_counts_failures_and_shows_cells_without_a_fall(tmp_path: Path) -> None:

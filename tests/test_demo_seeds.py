@@ -22,14 +22,11 @@ from benchmarks.demo_plan import (
     leaves,
     placed,
     recipe_of,
-    study_jobs,
 )
 from benchmarks.demo_queue import GUESS_S, Queue, Results, SkippedError, deadline, hold, select, work
 from benchmarks.demo_seeds import Runner
-from configs.algorithms import FACTS
 from configs.errors import UserError
 from configs.load import load
-from configs.seats import seats
 from trainers.world_build import world_hash
 
 LOOKED_AT = {0, 101, 102, 103, 104}  # docs/world.md
@@ -53,20 +50,6 @@ def test_every_cell_is_planned_on_its_seeds_once() -> None:
     assert {(job.parent, job.cell) for job in planned if job.parent} == {
         (f"demo/{seed}", arm.name) for seed in SEEDS for arm in ARMS
     }
-
-
-def test_the_studies_train_every_algorithm_and_stale_rollouts_in_the_shipped_world() -> None:
-    planned = study_jobs()
-    assert len({job.name for job in planned}) == len(planned) == 3 * len(FACTS) + 2 * 5 * 5
-    assert {job.world for job in planned} == {str(demo_plan.SHIPPED)}
-    assert {job.seed for job in planned if job.cell == "algorithm-rloo"} == {*SEEDS[:3]}
-    recipes = {job.cell: recipe_of(job, Path("/out"), Path("/out/run")) for job in planned if job.seed == SEEDS[0]}
-    assert {recipes[f"algorithm-{name}"].algorithm.name for name in FACTS} == {*FACTS}
-    assert {of.algorithm.kl.coefficient for of in recipes.values()} == {0.02}
-    stale = recipes["stale-8-none"]
-    assert (stale.loop.staleness, stale.algorithm.off_policy.weight) == (8, "none")
-    for of in recipes.values():  # the plan is runnable on two cores
-        assert sum(seat.resources.cpus for seat in seats(of)) <= 2
 
 
 def changes(job: Job, out: Path) -> dict[str, Any]:

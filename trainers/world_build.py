@@ -200,7 +200,6 @@ def asked(number: int) -> tuple[int, int]:
     return min(world.size("pairs"), round(1.2 * number / per_prompt) + 1), per_prompt
 
 
-@torch.inference_mode()
 def sample(
     policy: str,
     tokenizer: PreTrainedTokenizerFast,
@@ -210,9 +209,22 @@ def sample(
     batch: int = 32,
     tokens: int = ANSWER_TOKENS,
 ) -> list[list[str]]:
-    """Return `n` answers to each question at temperature 1, as plain text."""
+    """Return `n` answers of the policy at a path to each question at temperature 1, as plain text."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM.from_pretrained(policy, dtype=torch.float32).eval()
+    return answers_of(model, tokenizer, questions, n, batch, tokens)
+
+
+@torch.inference_mode()
+def answers_of(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    questions: Sequence[str],
+    n: int,
+    batch: int,
+    tokens: int = ANSWER_TOKENS,
+) -> list[list[str]]:
+    """Return `n` answers to each question, drawn from torch's global generator, `batch` questions at a time."""
     pad = tokenizer.pad_token_id
     answers: list[list[str]] = []
     for start in range(0, len(questions), batch):
