@@ -230,6 +230,22 @@ def part_of(text: str) -> tuple[int, int]:
     return int(first), int(second)
 
 
+def select(
+    every: Sequence[tuple[Cell, int]], prefixes: Sequence[str], seeds: Sequence[int] | None
+) -> list[tuple[Cell, int]]:
+    """Return the runs of cells whose names begin so, on these seeds or all. Raises UserError if there is none."""
+    chosen = [
+        (cell, seed) for cell, seed in every if cell.name.startswith(tuple(prefixes)) and seed in (seeds or [seed])
+    ]
+    if not chosen:
+        names, planned = dict.fromkeys(cell.name for cell, _ in every), dict.fromkeys(seed for _, seed in every)
+        raise UserError(
+            f"--cells {' '.join(prefixes)} --seeds {' '.join(map(str, seeds or planned))}: nothing is planned there; "
+            f"the cells are {', '.join(names)}, the seeds {', '.join(map(str, planned))}, fewer for the algorithms"
+        )
+    return chosen
+
+
 def main() -> None:
     """Run what is open of one part of the plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -237,13 +253,10 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", metavar="K/N", help="every N-th run, from the K-th: a process each")
     parser.add_argument("--trial", action="store_true", help=f"seeds {TRIAL_SEEDS}, not {SEEDS[0]} and so on")
     parser.add_argument("--cells", nargs="+", metavar="PREFIX", default=[""], help="only those whose names begin so")
-    parser.add_argument("--seeds", type=int, metavar="N", help="only the first N")
+    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="only these")
     options = parser.parse_args()
     part, parts = part_of(options.part)
-    every = jobs((TRIAL_SEEDS if options.trial else SEEDS)[: options.seeds])
-    chosen = [job for job in every if job[0].name.startswith(tuple(options.cells))]
-    if not chosen:
-        raise UserError(f"--cells {' '.join(options.cells)}: there are {', '.join(cell.name for cell in cells())}")
+    chosen = select(jobs(TRIAL_SEEDS if options.trial else SEEDS), options.cells, options.seeds)
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"part-{part}.jsonl"

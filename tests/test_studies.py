@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import study_report
 from benchmarks.demo_plan import SEEDS
-from benchmarks.studies import RATES, STALENESS, WEIGHTS, cells, jobs, part_of, recipe_of, rise, stale_name
+from benchmarks.studies import RATES, STALENESS, WEIGHTS, cells, jobs, part_of, recipe_of, rise, select, stale_name
 from configs.algorithms import FACTS
 from configs.errors import UserError
 from configs.load import load
@@ -40,6 +40,17 @@ def test_a_part_is_a_share_of_the_plan() -> None:
     for wrong in ("3/2", "0/2", "1", "a/b"):
         with pytest.raises(UserError, match="--part"):
             part_of(wrong)
+
+
+def test_runs_are_selected_by_cell_and_seed() -> None:
+    found = select(jobs(SEEDS), ["algorithm-r", "algorithm-ppo"], [SEEDS[2]])
+    assert [cell.name for cell, _ in found] == [
+        f"algorithm-{name}" for name in FACTS if name[0] == "r" or name == "ppo"
+    ]
+    assert {seed for _, seed in found} == {SEEDS[2]}
+    assert select(jobs(SEEDS), [""], None) == jobs(SEEDS)
+    with pytest.raises(UserError, match="nothing is planned there; the cells are stale-slow-0-naive, "):
+        select(jobs(SEEDS), ["algorithm"], [SEEDS[3]])
 
 
 def test_a_rise_has_the_error_of_paired_prompts() -> None:
