@@ -32,13 +32,16 @@ def decodes_later(sampling: Sampling) -> bool:
 def completion_text(tokenizer: Tokenizer, prompt_ids: Sequence[int], token_ids: Sequence[int]) -> str:
     """Return the text of `token_ids` as it goes on after the prompt's, without special tokens.
 
-    Token by token, as vLLM has it: whether a word begins with a space is decided by what stands before it, and bytes
-    that make no whole character at the end are left out.
+    Token by token, as vLLM has it: whether a word begins with a space is decided by what stands before it, bytes that
+    make no whole character at the end are left out, and where no text can go on from a byte, it begins anew.
     """
-    stream = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
-    try:
-        return "".join(part for token in token_ids if (part := stream.step(tokenizer, token)))
-    except Exception as error:  # tokenizers has no kind of its own for bytes that no text can go on from
-        if not str(error).startswith("Invalid prefix"):
-            raise
-        return str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+    stream, parts = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True), []
+    for token in token_ids:
+        try:
+            parts.append(stream.step(tokenizer, token))
+        except Exception as error:  # tokenizers has no kind of its own for bytes that no text can go on from
+            if not str(error).startswith("Invalid prefix"):
+                raise
+            stream = DecodeStream(skip_special_tokens=True)
+            parts.append(stream.step(tokenizer, token))
+    return "".join(part for part in parts if part)

@@ -65,12 +65,13 @@ class Engine:
     async def start(self) -> None:
         """Start vLLM's processes with random weights; return when they answer. Raises InfraError."""
         arguments, counts = self._arguments(), [_scheduler_counts(self.stats)]
+        tokenizer = await asyncio.to_thread(load_tokenizer, arguments.tokenizer or self.options.model_path)
+        self._tokenizer = getattr(tokenizer, "backend_tokenizer", None)
         try:
             with environ(environment(self.options, cpu=current_platform.is_cpu())):
                 self._llm = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments, stat_loggers=counts)
         except (RuntimeError, OSError) as error:
             raise InfraError(f"vLLM did not start for {self.options.model_path}: {error}") from error
-        self._tokenizer = getattr(load_tokenizer(self.options.model_path), "backend_tokenizer", None)
         places = self._engine.vllm_config.scheduler_config.max_num_seqs
         kept = min(PROBE_PLACES, places - 1)
         self._slots = asyncio.Semaphore(places - kept)
@@ -106,7 +107,7 @@ class Engine:
     async def probe(self, token_ids: Ints) -> Floats:
         """Return (L-1,) log-probs of tokens 1 … L-1 under the loaded weights, at temperature 1."""
         self._check_ready()
-        sampling = VllmSampling(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        sampling = VllmSampling(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         _, output = await self._request(f"probe-{self.version}", token_ids, sampling, probe=True)
         scored = zip(output.prompt_logprobs[1:], token_ids[1:].tolist(), strict=True)
         return np.array([entry[token].logprob for entry, token in scored], dtype=np.float32)
@@ -299,11 +300,10 @@ def _vllm_sampling(sampling: Sampling, seed: int, *, detokenize: bool) -> VllmSa
         "stop": list(sampling.stop),
         "seed": seed,
         "logprobs": 0,  # of the sampled token only
-        "flat_logprobs": True,
         "detokenize": detokenize,
         "output_kind": RequestOutputKind.FINAL_ONLY,
     }
-    return VllmSampling(**(fields | dict(sampling.extra)))
+    return VllmSampling(**(fields | dict(sampling.extra) | {"flat_logprobs": True}))
 
 
 def _rollout(uid: str, seed: int, salt: int, completion: CompletionOutput) -> Rollout:

@@ -11,22 +11,24 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 
-from actors.engine import EngineOptions, sampling_of
 from actors.reference import ReferenceActor
 from actors.reward import RewardActor
 from actors.vllm_engine import Engine
 from actors.weight_sync import Mailbox, load_weights, pack
+from cluster.cast import engine_options, load_prompts, training_sampling
 from configs.schema import Recipe
 from trainers.algorithms import ALGORITHMS
 from trainers.batch import informative
 from trainers.buffer import Buffer, Take
 from trainers.critic import Critic
-from trainers.data import PromptStream, load_rows, load_tokenizer
+from trainers.evaluations import due_versions
 from trainers.learner import Learner
 from trainers.online import Actors, run
 from trainers.types import Batch, Evaluation, Group, Prompt, Scorer, StepStats, Weights
 
-Examine = Callable[[Weights], Awaitable[Sequence[Evaluation]]]
+Examine = Callable[[Weights, int], Awaitable[Sequence[Evaluation]]]  # a version, and the seed of its samples
+SEEDS = "studies"  # salts the samples' seeds: runs of one seed sample alike, whichever process runs them
+VERSIONS = 100_000  # more than a run has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,22 +46,14 @@ class Stage:
 async def stage(recipe: Recipe, name: str, examine: Examine | None = None) -> AsyncIterator[Stage]:
     """Start what runs of `recipe`, or of others with its models, rewards and sampling temperature, have in common.
 
-    `name` salts the samples' seeds and names the files in shared memory.
+    `name` is that of the files in shared memory: another one for each process.
     """
-    options = EngineOptions(
-        model_path=recipe.model.path,
-        run=name,
-        dtype=recipe.model.dtype,
-        max_length=recipe.model.max_length,
-        kv_cache_gb=recipe.generator.kv_cache_gb,
-        threads=1,
-    )
-    engine, mailbox = Engine(options), Mailbox(name)
+    engine, mailbox = Engine(engine_options(recipe, recipe.generator, SEEDS)), Mailbox(name)
     reference = ReferenceActor(
         recipe.model.path, recipe.reference, recipe.model.dtype, recipe.sampling.temperature, threads=1
     )
-    await engine.start()
     try:
+        await engine.start()
         yield Stage(
             engine=engine,
             mailbox=mailbox,
@@ -89,17 +83,19 @@ class Solo:
     """Everything that `trainers.online.run` talks to, for one run on a stage; versions count on from the last run's."""
 
     def __init__(self, recipe: Recipe, stage: Stage) -> None:
-        algorithm, batch = ALGORITHMS[recipe.algorithm.name], recipe.loop.batch_prompts
+        batch, steps = recipe.loop.batch_prompts, recipe.run.steps
         self.recipe, self.stage = recipe, stage
-        self.sampling = sampling_of(recipe.sampling, greedy=algorithm.needs_greedy)
+        self.sampling = training_sampling(recipe)
         self.learner = Learner(recipe)
-        self.critic = Critic(recipe) if algorithm.needs_critic else None
+        self.critic = Critic(recipe) if ALGORITHMS[recipe.algorithm.name].needs_critic else None
         self.buffer = FullBuffer(
             batch=batch,
             staleness=recipe.loop.staleness,
-            wanted=recipe.run.steps * batch,
+            wanted=steps * batch,
+            discard_budget=recipe.loop.discard_budget,
             refill_budget=recipe.algorithm.refill_budget,
         )
+        self.due = due_versions(steps, recipe.evaluation.every) if stage.examine else ()
         self.first = self.version = stage.engine.version + 1
         self.recorded: list[tuple[Take, StepStats]] = []
         self.evaluations: dict[int, Sequence[Evaluation]] = {}  # by the run's own version, from 0
@@ -121,10 +117,8 @@ class Solo:
 
     def prompts(self) -> Iterator[Prompt]:
         """Yield the run's prompts; their names hold its seed, so that seeds of a study sample independently."""
-        recipe = self.recipe
-        room = min(recipe.data.max_prompt_tokens, recipe.model.max_length - recipe.sampling.max_tokens)
-        tokenizer, seed = load_tokenizer(recipe.model.path), recipe.run.seed
-        for prompt in PromptStream(load_rows(recipe.data), tokenizer, recipe.data, room, seed):
+        seed = self.recipe.run.seed
+        for prompt in load_prompts(self.recipe):
             yield replace(prompt, uid=f"{seed}-{prompt.uid}")
 
     async def generate(self, prompt: Prompt) -> Group:
@@ -157,7 +151,9 @@ class Solo:
     async def evaluate(self, weights: Weights) -> Sequence[Evaluation]:
         """Evaluate a version that was pinned."""
         assert self.stage.examine is not None, "nothing is pinned without it"
-        return [replace(found, version=weights.version - self.first) for found in await self.stage.examine(weights)]
+        version = weights.version - self.first
+        found = await self.stage.examine(weights, VERSIONS * self.recipe.run.seed + version)
+        return [replace(one, version=version) for one in found]
 
     async def record(self, take: Take, stats: StepStats, weights: Weights) -> None:
         """Keep what a step was trained on and what it said."""
@@ -165,7 +161,7 @@ class Solo:
 
     async def pin(self, weights: Weights) -> bool:
         """Whether this version is due for evaluation: the handle holds its weights."""
-        return self.stage.examine is not None and (weights.version - self.first) % self.recipe.evaluation.every == 0
+        return weights.version - self.first in self.due
 
     async def evaluated(self, results: Sequence[Evaluation]) -> None:
         """Keep the evaluations of one version."""

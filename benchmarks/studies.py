@@ -4,7 +4,8 @@
     python -m benchmarks.studies runs/studies --part 2/2; wait
     cat runs/studies/part-*.jsonl > docs/results/studies.jsonl
 
-Each run leaves a line. What has a line is not run again, so the same command goes on where it ended.
+Each run leaves a line. What has a line in any part is not run again, so the same command goes on where it ended; the
+parts that run at one time must be given the same cells and seeds.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from benchmarks.demo_plan import RECIPE, SEEDS, SHIPPED, TRIAL_SEEDS, placed
 from benchmarks.demo_queue import Results, hold
 from benchmarks.demo_seeds import commit
 from benchmarks.recipes import command
-from benchmarks.solo import Solo, play, stage
+from benchmarks.solo import Solo, Stage, play, stage
+from cluster.launch import first_cause
 from configs.algorithms import FACTS
 from configs.errors import UserError
 from configs.load import load
@@ -99,6 +101,11 @@ def jobs(seeds: Sequence[int]) -> list[tuple[Cell, int]]:
     return [(cell, seed) for number, seed in enumerate(seeds) for cell in cells() if number < cell.seeds]
 
 
+def job_name(cell: Cell, seed: int) -> str:
+    """Return the name of a run in its line."""
+    return f"{cell.name}/{seed}"
+
+
 def recipe_of(cell: Cell, seed: int, world: Path) -> Recipe:
     """Return the recipe of one run in the world that lies, or will be built, at `world`."""
     shipped = [f"sft.seed={SHIPPED}", f"reward_models.helpdesk.seed={SHIPPED}"]
@@ -124,11 +131,11 @@ class Examiner:
         half = len(rows) // 2
         self._samples = {CHOOSE: (rows[:half], 1), MEASURE: (rows[half:], ANSWERS)}
 
-    async def __call__(self, weights: Weights) -> Sequence[Evaluation]:
+    async def __call__(self, weights: Weights, seed: int) -> Sequence[Evaluation]:
         """Return gold, reward and words of each prompt's answers (N,), mean over them, of both samples."""
         self._policy.load_state_dict(safetensors.torch.load(weights.handle.tobytes()))
-        with torch.random.fork_rng():
-            torch.manual_seed(weights.version)  # no two runs of a process have a version in common
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(seed)
             return [self._evaluate(weights.version, name, *sample) for name, sample in self._samples.items()]
 
     def _evaluate(self, version: int, name: str, rows: Sequence[world.PromptRow], n: int) -> Evaluation:
@@ -167,6 +174,7 @@ def line(solo: Solo) -> Row:
         for number, (take, stats) in enumerate(solo.recorded)
     ]
     chosen = choose(curves[CHOOSE, "gold"]).version
+    assert chosen is not None, "errors are known, so there is a choice"
     return {
         "versions": versions,
         "chosen": chosen,
@@ -185,12 +193,12 @@ def line(solo: Solo) -> Row:
     }
 
 
-def rise(curve: Curve, version: int | None) -> Row | None:
-    """Return the change since the first version, with its standard error over prompts; None: nothing was chosen."""
-    if version is None or curve.covariance is None:
-        return None
+def rise(curve: Curve, version: int) -> Row:
+    """Return the change since the first version, with its standard error over prompts."""
+    assert curve.covariance is not None
     contrast = (curve.versions == version) * 1.0 - np.eye(len(curve.versions))[0]
-    value, se = rounded([contrast @ curve.mean, np.sqrt(contrast @ curve.covariance @ contrast)])
+    variance = max(float(contrast @ curve.covariance @ contrast), 0.0)  # rounding
+    value, se = rounded([contrast @ curve.mean, np.sqrt(variance)])
     return {"value": value, "se": se}
 
 
@@ -204,16 +212,26 @@ async def work(todo: Sequence[tuple[Cell, int]], world: Path, results: Results, 
     first = recipe_of(*todo[0], world)
     async with stage(first, str(results.path), Examiner(first)) as on:
         for cell, seed in todo:
-            began = time.monotonic()
-            solo = await play(recipe_of(cell, seed, world), on)
-            seconds = round(time.monotonic() - began, 1)
-            name = {"job": f"{cell.name}/{seed}", "cell": cell.name, "seed": seed}
-            results.append({**name, "status": "done", **source, "seconds": seconds, **line(solo)})
+            name = {"job": job_name(cell, seed), "cell": cell.name, "seed": seed, **source}
+            results.append(name | await ended(recipe_of(cell, seed, world), on))
             print(f"{time.strftime('%H:%M:%S')} {told(results.rows[-1])}", flush=True)
 
 
+async def ended(recipe: Recipe, on: Stage) -> Row:
+    """Run a recipe and return its line; a run that fails has one too, or only those that went well would be told."""
+    began = time.monotonic()
+    try:
+        found = {"status": "done", **line(await play(recipe, on))}
+    except Exception as error:  # one run's trouble is not the others', and is told
+        cause = first_cause(error) if isinstance(error, BaseExceptionGroup) else error
+        found = {"status": "failed", "error": f"{type(cause).__name__}: {cause}"}
+    return {**found, "seconds": round(time.monotonic() - began, 1)}
+
+
 def told(row: Row) -> str:
-    """Return a finished run in a few words."""
+    """Return an ended run in a few words."""
+    if row["status"] != "done":
+        return f"{row['job']} failed: {row['error']}"
     gold, reward = row["gold"]["mean"], row["reward"]["mean"]
     best = gold[row["versions"].index(row["chosen"])]
     return (
@@ -237,7 +255,8 @@ def select(
     chosen = [
         (cell, seed) for cell, seed in every if cell.name.startswith(tuple(prefixes)) and seed in (seeds or [seed])
     ]
-    if not chosen:
+    cells_of = [cell.name for cell, _ in chosen]
+    if not chosen or not all(any(name.startswith(prefix) for name in cells_of) for prefix in prefixes):
         names, planned = dict.fromkeys(cell.name for cell, _ in every), dict.fromkeys(seed for _, seed in every)
         raise UserError(
             f"--cells {' '.join(prefixes)} --seeds {' '.join(map(str, seeds or planned))}: nothing is planned there; "
@@ -266,7 +285,8 @@ def main() -> None:
     with hold(path):
         results = Results(path)
         world_build.prepare(recipe_of(*chosen[0], out / "world"))  # the other processes wait
-        todo = [job for job in chosen[part - 1 :: parts] if results.of(f"{job[0].name}/{job[1]}") is None]
+        made = {row["job"] for other in out.glob("part-*.jsonl") for row in Results(other).rows}
+        todo = [job for job in chosen[part - 1 :: parts] if job_name(*job) not in made]
         if todo:
             asyncio.run(work(todo, out / "world", results, commit()))
         print(f"part {options.part}: all has a line", flush=True)

@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from benchmarks.demo_plan import SURE
 from benchmarks.demo_queue import Results
 from benchmarks.demo_report import paired, sources, table
+from benchmarks.recipes import command
 from benchmarks.studies import (
     ALGORITHM_SEEDS,
     ANSWERS,
@@ -29,13 +30,17 @@ from benchmarks.studies import (
     stale_name,
 )
 from configs.algorithms import FACTS
+from configs.errors import UserError
 from trainers.world_build import HELDOUT
 
 Row = Mapping[str, Any]
 Measure = Callable[[Row], float]
+LINES = "docs/results/studies.jsonl"
 COLOURS = "viridis"
+NAIVE, *_ = WEIGHTS
+SHARES = ("effective_share", "truncated_share")  # without weights they say nothing
 SAMPLES = (
-    f"Gold, reward (the reward model's) and KL are measured on {HELDOUT // 2} held-out prompts on which nothing was "
+    f"Gold and reward (the reward model's) are measured on {HELDOUT // 2} held-out prompts on which nothing was "
     f"chosen, {ANSWERS} answers to each; the version is chosen on {HELDOUT // 2} others, one answer to each. "
 )
 
@@ -73,12 +78,15 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     if not values:
         return "-"
     form = f".{digits}f"
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
     return f"{np.mean(values):{form}} ({min(values):{form}} to {max(values):{form}})"
 
 
 def of(rows: Sequence[Row], cell: str) -> list[Row]:
-    """Return the runs of a cell by seed."""
-    return sorted((row for row in rows if row["cell"] == cell), key=lambda row: row["seed"])
+    """Return the finished runs of a cell by seed; the last line of a run counts."""
+    latest = {row["job"]: row for row in rows if row["cell"] == cell}
+    return sorted((row for row in latest.values() if row["status"] == "done"), key=lambda row: row["seed"])
 
 
 def of_algorithm(name: str, done: Sequence[Row]) -> list[object]:
@@ -107,13 +115,13 @@ def algorithms(rows: Sequence[Row]) -> list[str]:
         "# Every algorithm on the demo's world",
         "",
         "    python -m benchmarks.studies runs/studies --cells algorithm",
-        "    python -m benchmarks.study_report algorithms runs/studies/part-1.jsonl",
+        f"    python -m benchmarks.study_report algorithms {LINES}",
         "",
         "`configs/quickstart.yaml algorithm=NAME`, 48 steps of 64 rollouts each: equal samples, each algorithm with "
         "its own defaults and the recipe's learning rate, which was chosen for `grpo`; nothing was tuned for others. "
-        f"{SAMPLES}Mean over {ALGORITHM_SEEDS} seeds fixed beforehand (least to most). The lines of the runs: "
-        "[studies.jsonl](studies.jsonl).",
-        *unfinished(found, ALGORITHM_SEEDS),
+        f"{SAMPLES}KL is that of the last step's rollouts. Mean over seeds fixed beforehand (least to most), "
+        f"{ALGORITHM_SEEDS} are planned. The lines of the runs: [studies.jsonl](studies.jsonl).",
+        *unfinished(found, ALGORITHM_SEEDS, of_study(rows, "algorithm-")),
         "",
         f"Source: {sources([row for done in found.values() for row in done])}.",
         "",
@@ -128,21 +136,24 @@ def staleness(rows: Sequence[Row]) -> list[str]:
         "# Stale rollouts on the demo's world",
         "",
         "    python -m benchmarks.studies runs/studies --cells stale",
-        "    python -m benchmarks.study_report staleness runs/studies/part-1.jsonl",
+        f"    python -m benchmarks.study_report staleness {LINES} --figure docs/results/staleness.png",
         "",
         "`configs/quickstart.yaml` (`grpo`) with another `loop.staleness` S, 48 steps of 64 rollouts: equal samples. "
-        "Every rollout is as old as S allows and of one version (`benchmarks/solo.py`), which is the worst that the "
-        "bound lets through: in a run of `headroom train` staleness is below it whenever the generators are not ahead. "
-        "*Naive*: no importance weights; *truncated*: π_prox/μ of each token, at most 2, the default. "
-        f"{SAMPLES}Mean over {STALE_SEEDS} seeds fixed beforehand (least to most); the arms of a seed have prompts and "
-        "samples' seeds in common. The lines of the runs: [studies.jsonl](studies.jsonl).",
-        *unfinished(found, STALE_SEEDS),
+        "From step S + 1 on every rollout is S versions old, and none spans versions (`benchmarks/solo.py`): the most "
+        "that the bound lets through. In a run of `headroom train` staleness is below it where generators are not "
+        "ahead. *Naive*: no importance weights; *truncated*: π_prox/μ of each token, at most 2, the default. "
+        f"{SAMPLES}Mean over {STALE_SEEDS} seeds fixed beforehand (least to most). Runs of a seed have their prompts "
+        "in common, and with the same weights the seeds of their samples too: differences are paired by seed, and rows "
+        "are not independent. At S = 0 the two arms are the same algorithm: their difference shows what chance does "
+        "alone. One in twenty intervals misses zero by chance. The lines of the runs: [studies.jsonl](studies.jsonl).",
+        *unfinished(found, STALE_SEEDS, of_study(rows, "stale-")),
         "",
         f"Source: {sources([row for done in found.values() for row in done])}.",
         "",
         "![Gold and reward by policy version](staleness.png)",
     ]
-    for name, rate in RATES.items():
+    made = {name: rate for name, rate in RATES.items() if any(found[cell] for cell in found if f"-{name}-" in cell)}
+    for name, rate in made.items():
         lines += ["", f"## Learning rate {rate:g} ({name})", ""]
         lines += of_rate(found, name)
     return lines
@@ -152,16 +163,16 @@ def of_rate(found: Mapping[str, Sequence[Row]], rate: str) -> list[str]:
     """Return the tables of one learning rate: every cell, and the differences of a seed's arms."""
     titles = [
         "S", "weights", "staleness, second half", "gold of the chosen version", "chosen versions", "gold at the end",
-        "reward at the end", "KL at the end, nats/token", "effective share of tokens, second half", "truncated share",
+        "reward at the end", "effective share of tokens, second half", "truncated share, second half",
     ]  # fmt: skip
     bounds = STALENESS[rate]
     each = {(S, weights): found[stale_name(S, weights, rate)] for S in bounds for weights in WEIGHTS}
-    cells = [of_bound(S, weights, done) for (S, weights), done in each.items() if done]
-    first = next(iter(WEIGHTS))
+    each_cell = [of_bound(S, weights, done) for (S, weights), done in each.items() if done]
     against = [
-        [f"{weights} less {first}", f"S = {S}", *differences(each[S, weights], each[S, first])]
+        [f"{weights} less {NAIVE}", f"S = {S}", *differences(each[S, weights], each[S, NAIVE])]
         for S in bounds
-        for weights in list(WEIGHTS)[1:]
+        for weights in WEIGHTS
+        if weights != NAIVE
     ]
     against += [
         [f"S = {S} less S = {bounds[0]}", weights, *differences(each[S, weights], each[bounds[0], weights])]
@@ -169,7 +180,7 @@ def of_rate(found: Mapping[str, Sequence[Row]], rate: str) -> list[str]:
         for S in bounds[1:]
     ]
     return [
-        *table(titles, cells),
+        *table(titles, each_cell),
         "",
         "Differences between arms of a seed, mean [95 % over seeds]:",
         "",
@@ -187,9 +198,7 @@ def of_bound(bound: int, weights: str, done: Sequence[Row]) -> list[object]:
         ", ".join(str(row["chosen"]) for row in done),
         spread([gold_at_end(row) for row in done]),
         spread([reward_at_end(row) for row in done]),
-        spread([row["steps"]["kl"][-1] for row in done], 3),
-        spread([late(row, "effective_share") for row in done], 3),
-        spread([late(row, "truncated_share") for row in done], 4),
+        *(spread([late(row, name) for row in done if weights != NAIVE], 4) for name in SHARES),
     ]
 
 
@@ -199,19 +208,29 @@ def differences(arm: Sequence[Row], other: Sequence[Row]) -> list[str]:
     return [paired([measure(one) - measure(two) for one, two in pairs]) for measure in MEASURES.values()]
 
 
-def unfinished(found: Mapping[str, Sequence[Row]], seeds: int) -> list[str]:
-    """Return a paragraph that names what has fewer runs than planned, if anything has."""
+def of_study(rows: Sequence[Row], prefix: str) -> list[Row]:
+    """Return the lines of the cells whose names begin so."""
+    return [row for row in rows if row["cell"].startswith(prefix)]
+
+
+def unfinished(found: Mapping[str, Sequence[Row]], seeds: int, rows: Sequence[Row]) -> list[str]:
+    """Return a paragraph that names what has fewer runs than planned, if anything has, and one on what failed."""
     left = [f"{cell}: {len(done)} of {seeds}" for cell, done in found.items() if len(done) < seeds]
-    return ["", f"Not run yet: {'; '.join(left)}."] if left else []
+    failed = [f"{row['job']} ({row['error']})" for row in rows if row["status"] == "failed"]
+    return [
+        *(["", f"Not run, or not to the end: {'; '.join(left)}."] if left else []),
+        *(["", f"Failed: {'; '.join(failed)}."] if failed else []),
+    ]
 
 
 def draw(path: Path, rows: Sequence[Row]) -> None:
     """Draw gold and reward by version, mean over seeds: a colour for each bound, dashed without weights."""
-    figure = Figure(figsize=(9, 3.4 * len(RATES)), layout="constrained")
+    made = {rate: value for rate, value in RATES.items() if any(f"stale-{rate}-" in row["cell"] for row in rows)}
+    figure = Figure(figsize=(9, 3.4 * len(made)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(len(RATES), 2, squeeze=False)
-    for of_rate, (rate, value) in zip(axes, RATES.items(), strict=True):
-        for axis, metric in zip(of_rate, ("gold", "reward"), strict=True):
+    axes = figure.subplots(len(made), 2, squeeze=False)
+    for row, (rate, value) in zip(axes, made.items(), strict=True):
+        for axis, metric in zip(row, ("gold", "reward"), strict=True):
             curves(axis, rows, rate, metric)
             axis.set(title=f"{metric}, learning rate {value:g}", xlabel="policy version", ylabel=f"held-out {metric}")
     axes[0][0].legend(fontsize=7, ncols=2)
@@ -227,7 +246,7 @@ def curves(axis: Axes, rows: Sequence[Row], rate: str, metric: str) -> None:
             done = of(rows, stale_name(bound, weights, rate))
             if done:
                 mean = np.mean([row[metric]["mean"] for row in done], axis=0)
-                style = ("--", "-", ":", "-.")[number]
+                style = ("--", "-")[number]
                 axis.plot(done[0]["versions"], mean, style, color=colour, lw=1.3, label=f"S = {bound}, {weights}")
 
 
@@ -238,6 +257,8 @@ def main() -> None:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--figure", type=Path, help="of the page on staleness: where its picture goes")
     options = parser.parse_args()
+    if missing := [str(path) for path in options.results if not path.exists()]:
+        raise UserError(f"{missing[0]}: no such file; give the lines that benchmarks.studies has written")
     rows = [row for path in options.results for row in Results(path).rows]
     if options.figure is not None:
         draw(options.figure, rows)
@@ -245,4 +266,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from benchmarks.solo import Solo, play, stage
+from benchmarks.solo import FullBuffer, Solo, play, stage
 from configs.load import load
 from configs.schema import Recipe
 from tests.tiny import tiny_model
 from trainers.algorithms import ALGORITHMS
 from trainers.batch import assemble, informative
-from trainers.types import Group, Weights
+from trainers.online import roll_out
+from trainers.types import DataError, Group, Prompt, Rollout, VersionSpan, Weights
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 STEPS, STALE_STEPS = 2, 5
@@ -75,8 +79,57 @@ def test_in_lockstep_rollouts_are_as_old_as_the_bound_allows(
     played: tuple[dict[str, Solo], dict[int, Solo]],
 ) -> None:
     for bound, solo in played[1].items():
-        versions = [np.unique(assemble(take.groups, 0).token_versions) for take, _ in solo.recorded]
+        batches = [assemble(take.groups, 0) for take, _ in solo.recorded]
+        versions = [np.unique(batch.token_versions[batch.mask]) for batch in batches]
         expected = [max(step - bound, 0) for step in range(STALE_STEPS)]
         assert [list(found - solo.first) for found in versions] == [[version] for version in expected]
         published: Weights = solo.weights()
         assert published.version == solo.first + STALE_STEPS
+
+
+async def lockstep(seed: int, bound: int, batch: int, steps: int) -> list[list[int]]:
+    """Return the versions of each batch where generation takes random time, fails, and gives groups of no use."""
+    rng, version, found = np.random.default_rng(seed), 0, []
+    ids = np.zeros(1, np.int32)
+
+    class Sampler:
+        async def generate(self, prompt: Prompt) -> Group:
+            begun = version
+            for _ in range(rng.integers(6)):
+                await asyncio.sleep(0)
+            if rng.random() < 0.2:
+                raise DataError("no answer")
+            spans = (VersionSpan(start=0, stop=1, version=begun), VersionSpan(start=1, stop=1, version=version))
+            answer = Rollout(
+                uid="",
+                seed=0,
+                token_ids=ids,
+                logprobs=np.zeros(1, np.float32),
+                spans=spans,
+                finish_reason="stop",
+                text="",
+            )
+            return Group(prompt=prompt, rollouts=(answer,))
+
+        async def load(self, weights: Weights) -> None:
+            """Never called."""
+
+    prompts = (Prompt(uid=f"p{i}", position=i, messages=(), token_ids=ids) for i in itertools.count())
+    buffer = FullBuffer(batch=batch, staleness=bound, wanted=steps * batch)
+    async with asyncio.TaskGroup() as tasks:
+        rolling = tasks.create_task(roll_out(prompts, Sampler(), (), buffer, lambda _: rng.random() < 0.8))
+        for _ in range(steps):
+            take = await buffer.take()
+            await buffer.full()
+            found.append(sorted({span.version for group in take.groups for span in group.rollouts[0].spans}))
+            version += 1
+            await buffer.release(take.groups)
+        rolling.cancel()
+    return found
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 10_000), st.integers(0, 4), st.integers(1, 4), st.integers(1, 8))
+def test_lockstep_holds_whatever_generation_does(seed: int, bound: int, batch: int, steps: int) -> None:
+    found = asyncio.run(asyncio.wait_for(lockstep(seed, bound, batch, steps), 30))
+    assert found == [[max(step - bound, 0)] for step in range(steps)]

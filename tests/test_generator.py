@@ -255,6 +255,13 @@ def test_sampling_is_reproducible_stops_and_refuses(served: Served) -> None:
     assert (stopped.text, stopped.finish_reason) == (text[:kept], "stop")
     assert stopped.token_ids.tolist() == tokens[0][0][: len(stopped.token_ids)]
     assert len(stopped.logprobs) == len(stopped.token_ids) == stopped.spans[-1].stop
+
+    last = tokens[0][0][3]  # a token that ends a completion is not in its text, whoever decodes it
+    by_token = replace(sampling, extra={**sampling.extra, "stop_token_ids": [last]})
+    by_vllm = replace(by_token, extra={**by_token.extra, "detokenize": True})
+    ours, theirs = (served.run(served.engine.generate(prompt("e0-p1"), of)).rollouts for of in (by_token, by_vllm))
+    assert ours[0].finish_reason == "stop" and len(ours[0].text) == tokens[0][0].index(last)
+    assert [rollout.text for rollout in ours] == [rollout.text for rollout in theirs]
     with pytest.raises(DataError, match="1024 tokens"):
         served.run(served.engine.generate(prompt("long", np.full(1024, 9, dtype=np.int32)), sampling))
 

@@ -270,12 +270,15 @@ def test_a_policy_whose_log_prob_is_no_number_is_not_updated(path: str, monkeypa
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+@pytest.mark.parametrize("stale", [0.0, 0.5])  # how much likelier the engine's policy found every token
 @pytest.mark.parametrize(("shift", "kl"), [(-1.0, math.exp(-1)), (1.0, math.e - 2)])
-def test_the_kl_that_is_logged_is_k3_of_the_policy(path: str, shift: float, kl: float) -> None:
+def test_the_kl_that_is_logged_is_k3_of_the_policy_weighed(path: str, shift: float, kl: float, stale: float) -> None:
     batch = a_batch(path)
     own = forward(AutoModelForCausalLM.from_pretrained(path), batch)[0].detach().numpy()
-    shifted = replace(batch, reference_logprobs=np.where(batch.mask, own + shift, 0).astype(np.float32))
-    assert Learner(recipe(path)).step(shifted).metrics["kl/reference"] == pytest.approx(kl, abs=1e-4)
+    reference, behaviour = (np.where(batch.mask, own + by, 0).astype(np.float32) for by in (shift, stale))
+    shifted = replace(batch, reference_logprobs=reference, behaviour_logprobs=behaviour)
+    expected = kl * math.exp(-stale)
+    assert Learner(recipe(path)).step(shifted).metrics["kl/reference"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_entropy_of_an_even_policy(tmp_path: Path) -> None:

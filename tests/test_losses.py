@@ -15,6 +15,7 @@ from trainers.losses import (
     clipped_value_loss,
     clipped_weight_surrogate,
     kl_estimate,
+    kl_of_stale,
     token_weights,
 )
 
@@ -53,6 +54,20 @@ def test_kl_estimate_against_a_loop(seed: int, estimator: Estimator) -> None:
 def test_k3_keeps_its_precision_near_zero() -> None:
     got = kl_estimate(torch.tensor([[-1.0 + 2**-10]]), torch.tensor([[-1.0]]), "k3")
     assert got.item() == pytest.approx((2**-10) ** 2 / 2, rel=1e-2)
+
+
+def test_the_kl_of_stale_tokens_is_that_of_the_policy_whoever_sampled() -> None:
+    scores = normals(3, 3)
+    policy, reference, behaviour = (each.log_softmax(1) for each in scores)  # (4, 5): four states of five tokens
+    exact = (policy.exp() * (policy - reference)).sum(1)
+    for sampler in (behaviour, policy):
+        torch.testing.assert_close((sampler.exp() * kl_of_stale(policy, reference, sampler)).sum(1), exact)
+    naive = (behaviour.exp() * kl_estimate(policy, reference, "k3")).sum(1)
+    assert float((naive - exact).abs().max()) > 0.1
+    torch.testing.assert_close(kl_of_stale(policy, reference, policy), kl_estimate(policy, reference, "k3"))
+    # A token that the policy has unlearned since: k3 alone says e^30, and both terms of it would overflow in fp32.
+    gone = kl_of_stale(*(torch.tensor([[x]]) for x in (-120.0, -1.0, -0.5)))
+    assert float(gone) == pytest.approx(math.exp(-0.5), abs=1e-9)
 
 
 @settings(deadline=None, max_examples=60)

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import study_report
 from benchmarks.demo_plan import SEEDS
+from benchmarks.demo_queue import Results
 from benchmarks.studies import RATES, STALENESS, WEIGHTS, cells, jobs, part_of, recipe_of, rise, select, stale_name
 from configs.algorithms import FACTS
 from configs.errors import UserError
@@ -49,8 +50,9 @@ def test_runs_are_selected_by_cell_and_seed() -> None:
     ]
     assert {seed for _, seed in found} == {SEEDS[2]}
     assert select(jobs(SEEDS), [""], None) == jobs(SEEDS)
-    with pytest.raises(UserError, match="nothing is planned there; the cells are stale-slow-0-naive, "):
-        select(jobs(SEEDS), ["algorithm"], [SEEDS[3]])
+    for prefixes, seed in ((["algorithm"], SEEDS[3]), (["algorithm-ppo", "algorithm-mine"], SEEDS[0])):
+        with pytest.raises(UserError, match="nothing is planned there; the cells are stale-slow-0-naive, "):
+            select(jobs(SEEDS), prefixes, [seed])
 
 
 def test_a_rise_has_the_error_of_paired_prompts() -> None:
@@ -59,7 +61,7 @@ def test_a_rise_has_the_error_of_paired_prompts() -> None:
     assert rise(curve, 4) == {"value": 0.5, "se": 0.0}  # every prompt rose alike
     # differences 2, 0, 0, 2: mean 1, standard deviation 1.1547, over 4 prompts
     assert rise(curve, 8) == {"value": 1.0, "se": 0.5774}
-    assert rise(curve, 0) == {"value": 0.0, "se": 0.0} and rise(curve, None) is None
+    assert rise(curve, 0) == {"value": 0.0, "se": 0.0}
 
 
 def row(cell: str, seed: int, gold: tuple[float, float, float], **fields: Any) -> dict[str, Any]:
@@ -80,7 +82,12 @@ def test_the_page_of_the_algorithms_by_hand() -> None:
         "| `rloo` | 0.20 (0.20 to 0.20) | 0.33 (0.25 to 0.40) | 1 of 2 | 4, 4 | 0.05 (0.00 to 0.10) "
         "| 1.50 (1.00 to 2.00) | 0.300 (0.300 to 0.300) |"
     ) in page
-    assert any(line.startswith("Not run yet: grpo: 0 of 3; ") and "rloo: 2 of 3" in line for line in page)
+    assert any(line.startswith("Not run, or not to the end: grpo: 0 of 3; ") for line in page)
+    again = {**rows[1], "chosen": 8}
+    failed = {key: rows[0][key] for key in ("cell", "commit", "changed")} | {"job": "algorithm-rloo/1003", "seed": 1003}
+    page = study_report.algorithms([*rows, again, failed | {"status": "failed", "error": "ValueError: why"}])
+    assert any("| 1 of 2 | 4, 8 |" in line for line in page)  # the last line of a run counts, once
+    assert "Failed: algorithm-rloo/1003 (ValueError: why)." in page
 
 
 def test_the_page_of_stale_rollouts_by_hand(tmp_path: Path) -> None:
@@ -91,8 +98,10 @@ def test_the_page_of_stale_rollouts_by_hand(tmp_path: Path) -> None:
     page = study_report.staleness(rows)
     assert (
         "| 4 | naive | 2.0 (2.0 to 2.0) | 0.40 (0.40 to 0.40) | 4, 4, 4 | 0.00 (0.00 to 0.00) | 1.67 (1.00 to 2.00) "
-        "| 0.300 (0.300 to 0.300) | 0.750 (0.750 to 0.750) | 0.0010 (0.0010 to 0.0010) |"
+        "| - | - |"
     ) in page
+    [line] = [line for line in page if line.startswith("| 4 | truncated |")]
+    assert line.endswith("| 0.7500 (0.7500 to 0.7500) | 0.0010 (0.0010 to 0.0010) |")
     # 0.1, 0.2, 0.3: mean 0.2, 0.1 / √3 times t(0.975, 2) = 4.303
     assert (
         "| truncated less naive | S = 4 | +0.000 [+0.000, +0.000] | +0.200 [-0.048, +0.448] | +0.000 [+0.000, +0.000] |"
@@ -100,3 +109,11 @@ def test_the_page_of_stale_rollouts_by_hand(tmp_path: Path) -> None:
     assert "| S = 4 less S = 0 | naive | too few | too few | too few |" in page
     study_report.draw(tmp_path / "staleness.png", rows)
     assert (tmp_path / "staleness.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_published_pages_say_what_the_lines_say() -> None:
+    rows = Results(RESULTS / "studies.jsonl").rows
+    assert (RESULTS / "staleness.md").read_text().startswith("\n".join(study_report.staleness(rows)))
+    page = (RESULTS / "algorithms.md").read_text().splitlines()
+    table = [line for line in study_report.algorithms(rows) if line.startswith("| `")]
+    assert table and set(table) <= set(page)

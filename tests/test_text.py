@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -39,6 +39,7 @@ def decoded_by_vllm(tokenizer: PreTrainedTokenizerFast, prompt: list[int], ids: 
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
+@settings(deadline=None)  # of time, on a busy machine
 @given(data=st.data())
 def test_text_is_what_vllm_makes_of_the_same_tokens(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
@@ -46,6 +47,15 @@ def test_text_is_what_vllm_makes_of_the_same_tokens(name: str, data: st.DataObje
     prompt, completion = data.draw(ids.filter(len)), data.draw(ids)
     found = completion_text(tokenizer.backend_tokenizer, prompt, completion)
     assert found == decoded_by_vllm(tokenizer, prompt, completion)
+
+
+def test_text_goes_on_after_bytes_that_no_text_can_go_on_from() -> None:
+    tokenizer = TOKENIZERS["pieces"]
+    names = ("▁word", "<0xC3>", "<0xB6>", "<0x80>", "s", "▁word")
+    ids = [tokenizer.convert_tokens_to_ids(name) for name in names]
+    prompt = [tokenizer.convert_tokens_to_ids("▁a")]
+    text = completion_text(tokenizer.backend_tokenizer, prompt, ids)
+    assert text == decoded_by_vllm(tokenizer, prompt, ids) == " wordös word"
 
 
 def test_a_space_belongs_to_the_text_and_half_a_character_does_not() -> None:

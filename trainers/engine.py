@@ -144,7 +144,7 @@ def deepspeed_config(config: schema.Engine, dtype: Literal["float32", "bfloat16"
         "data_types": {"grad_accum_dtype": accumulate},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.max_grad_norm,
+        "gradient_clipping": 0.0 if clips_itself(config, dtype) else optimizer.max_grad_norm,
         "bf16": {"enabled": dtype == "bfloat16"},
         "optimizer": {"type": "AdamW", "params": adam},
         "zero_optimization": zero,
@@ -152,6 +152,14 @@ def deepspeed_config(config: schema.Engine, dtype: Literal["float32", "bfloat16"
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**31,
     }
+
+
+def clips_itself(config: schema.Engine, dtype: Literal["float32", "bfloat16"]) -> bool:
+    """Whether the gradients are ours to clip: in fp32 without ZeRO DeepSpeed would not tell the norm it clips by.
+
+    Elsewhere it holds the gradients itself, in other precision or in parts.
+    """
+    return config.zero == 0 and dtype == "float32"
 
 
 class TrainEngine:
@@ -177,6 +185,7 @@ class TrainEngine:
         join(process)
         self.rank, self.world_size = process.rank, process.world_size
         self.zero = config.zero
+        self._max_norm = config.optimizer.max_grad_norm if clips_itself(config, dtype) else None
         if config.gradient_checkpointing:
             hf.gradient_checkpointing_enable({"use_reentrant": False})
         rate = config.optimizer
@@ -214,10 +223,10 @@ class TrainEngine:
             # DeepSpeed divides by a static number of micro-batches and averages over ranks: neither is our loss.
             self.model.set_gradient_accumulation_boundary(number == len(micro_batches))
             self.model.backward(loss_fn(micro_batch) * self.world_size)
-        own = self._norm()
+        own = self._clip()
         self.model.step()
         reported = self.model.get_global_grad_norm()
-        norm = own if reported is None else float(reported)
+        norm = own if own is not None else math.nan if reported is None else float(reported)
         return norm if 0 <= norm < math.inf else math.nan  # -1 too: parts of DeepSpeed say that
 
     def skip(self, steps: int) -> None:
@@ -227,12 +236,12 @@ class TrainEngine:
             for _ in range(steps):
                 self.scheduler.step()
 
-    def _norm(self) -> float:
-        # In fp32 without ZeRO DeepSpeed clips but does not tell the norm; elsewhere it holds the gradients itself.
-        if self.zero > 0:
-            return 0.0
-        grads = [p.grad for p in self.model.module.parameters() if p.grad is not None]
-        return float(nn.utils.get_total_norm(grads)) if grads else 0.0
+    def _clip(self) -> float | None:
+        """Clip the gradients that are ours to clip, and return their norm before; None where DeepSpeed does."""
+        if self._max_norm is None:
+            return None
+        parameters = [p for p in self.model.module.parameters() if p.grad is not None]
+        return float(nn.utils.clip_grad_norm_(parameters, self._max_norm))
 
     def all_sum(self, tensor: Tensor) -> Tensor:
         """Return the sum of `tensor` over ranks, on the CPU."""

@@ -12,7 +12,7 @@ from configs import schema
 from trainers import targets
 from trainers.engine import Process, random_state
 from trainers.importance import effective_share
-from trainers.losses import kl_estimate
+from trainers.losses import kl_of_stale
 from trainers.microbatch import MicroBatch
 from trainers.models import completion_logprobs, load_policy
 from trainers.objective import token_losses
@@ -197,6 +197,6 @@ def _gaps(batch: Batch, proximal: Tensor, seen: Tensor) -> dict[str, float]:
     }
     if batch.reference_logprobs is not None:
         policy = torch.where(mask, proximal, behaviour)
-        k3 = kl_estimate(policy, torch.tensor(batch.reference_logprobs), "k3")
-        found["kl/reference"] = targets.masked_mean(k3, every)
+        kl = kl_of_stale(policy, torch.tensor(batch.reference_logprobs), behaviour)
+        found["kl/reference"] = targets.masked_mean(kl, every)
     return {name: value for name, value in found.items() if value is not None}

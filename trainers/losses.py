@@ -30,6 +30,18 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, estimator: Literal
             return torch.expm1(-log_ratio) + log_ratio
 
 
+def kl_of_stale(policy: Tensor, reference: Tensor, behaviour: Tensor) -> Tensor:
+    """Return a per-token estimate, in nats, of KL(policy || reference) at tokens that `behaviour` sampled, in doubles.
+
+    All log-probs (B, T). k3 weighed by w = policy / behaviour: unbiased at every token given those before it, and k3
+    itself where the policy sampled. Without w a token that the policy has nearly unlearned counts reference / policy
+    in full, and a few of them are thousands of nats. The product w · reference / policy is reference / behaviour.
+    """
+    policy, reference, behaviour = (logprobs.double() for logprobs in (policy, reference, behaviour))
+    weights = (policy - behaviour).exp()
+    return (reference - behaviour).exp() - weights * (1 + reference - policy)
+
+
 def clipped_surrogate(
     log_ratio: Tensor,
     advantages: Tensor,
