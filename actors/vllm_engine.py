@@ -63,7 +63,10 @@ class Engine:
         self._changed = 0.0  # when the engine last became busy or idle
 
     async def start(self) -> None:
-        """Start vLLM's processes with random weights; return when they answer. Raises InfraError."""
+        """Start vLLM's processes with random weights; return when they answer.
+
+        Raises UserError if there is no tokenizer, InfraError if vLLM does not start.
+        """
         arguments, counts = self._arguments(), [_scheduler_counts(self.stats)]
         tokenizer = await asyncio.to_thread(load_tokenizer, arguments.tokenizer or self.options.model_path)
         self._tokenizer = getattr(tokenizer, "backend_tokenizer", None)
@@ -299,17 +302,20 @@ def _vllm_sampling(sampling: Sampling, seed: int, *, detokenize: bool) -> VllmSa
         "top_k": sampling.top_k,
         "stop": list(sampling.stop),
         "seed": seed,
-        "logprobs": 0,  # of the sampled token only
         "detokenize": detokenize,
         "output_kind": RequestOutputKind.FINAL_ONLY,
     }
-    return VllmSampling(**(fields | dict(sampling.extra) | {"flat_logprobs": True}))
+    recorded = {
+        "logprobs": 0,
+        "flat_logprobs": True,
+    }  # of the sampled token only, whatever `extra` says: no other is kept
+    return VllmSampling(**(fields | dict(sampling.extra) | recorded))
 
 
 def _rollout(uid: str, seed: int, salt: int, completion: CompletionOutput) -> Rollout:
     tokens = list(completion.token_ids)
-    flat: Any = completion.logprobs  # of each token the sampled one's comes first, whatever else was asked for
-    logprobs = [flat.logprobs[first] for first, _ in zip(flat.start_indices, tokens, strict=True)]
+    flat: Any = completion.logprobs
+    logprobs = [logprob for logprob, _ in zip(flat.logprobs, tokens, strict=True)]
     spans = [VersionSpan(start=s.start, stop=s.end, version=int(s.version)) for s in completion.weight_versions or ()]
     if spans and spans[0].version != salt:
         # Queued while weights changed: the prompt may have been read by the older version.

@@ -118,7 +118,7 @@ def outcome(truth: Curve, rules: Mapping[str, int | None], alarm: Row | None) ->
         raise ValueError("the true curve needs standard errors")
     smoothed, _ = smooth(truth)
     top = int(np.argmax(smoothed))
-    rise, fall = _difference(truth, 0, top), _difference(truth, -1, top)
+    rise, fall = difference(truth, 0, top), difference(truth, -1, top)
     gain = float(smoothed[top] - truth.mean[0])
     places = {int(version): place for place, version in enumerate(truth.versions)}
     at = {rule: places[version] for rule, version in rules.items() if version in places}
@@ -134,7 +134,7 @@ def outcome(truth: Curve, rules: Mapping[str, int | None], alarm: Row | None) ->
         "rise": rise,
         "fall": fall,
         # What the alarm says: gold at its version is below that at `since`. A resumed copy has not sampled all again.
-        "at_alarm": _difference(truth, *claim) if claim and None not in claim else None,
+        "at_alarm": difference(truth, *claim) if claim and None not in claim else None,
         "rose": bool(rose),
         "fell": bool(fall["value"] > SURE * fall["se"]),
         "gain": gain,
@@ -142,7 +142,7 @@ def outcome(truth: Curve, rules: Mapping[str, int | None], alarm: Row | None) ->
     }
 
 
-def _difference(curve: Curve, before: int, after: int) -> dict[str, float]:
+def difference(curve: Curve, before: int, after: int) -> dict[str, float]:
     """Return the mean at place `after` less that at `before`, with its standard error."""
     if curve.covariance is None:
         raise ValueError("a difference needs standard errors")

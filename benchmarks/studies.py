@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from transformers import LlamaForCausalLM
 
 from benchmarks.demo_plan import RECIPE, SEEDS, SHIPPED, TRIAL_SEEDS, placed
 from benchmarks.demo_queue import Results, hold
+from benchmarks.demo_record import difference
 from benchmarks.demo_seeds import commit
 from benchmarks.recipes import command
-from benchmarks.solo import Solo, Stage, play, stage
+from benchmarks.solo import Solo, play, stage
 from cluster.launch import first_cause
 from configs.algorithms import FACTS
 from configs.errors import UserError
@@ -35,7 +36,7 @@ from configs.schema import Recipe
 from trainers import gold, world, world_build
 from trainers.batch import rollout_metrics
 from trainers.data import load_tokenizer
-from trainers.mismatch import Curve, choose, from_scores
+from trainers.mismatch import choose, from_scores
 from trainers.scoring import Judged, RewardModel
 from trainers.types import Evaluation, Message, Weights
 
@@ -178,7 +179,10 @@ def line(solo: Solo) -> Row:
     return {
         "versions": versions,
         "chosen": chosen,
-        "rise": rise(curves[MEASURE, "gold"], chosen),
+        "rise": {
+            name: round(value, DIGITS)
+            for name, value in difference(curves[MEASURE, "gold"], 0, versions.index(chosen)).items()
+        },
         **{
             metric: {"mean": rounded(curve.mean), "se": rounded(curve.se)}
             for metric in ("gold", "reward", "length")
@@ -193,15 +197,6 @@ def line(solo: Solo) -> Row:
     }
 
 
-def rise(curve: Curve, version: int) -> Row:
-    """Return the change since the first version, with its standard error over prompts."""
-    assert curve.covariance is not None
-    contrast = (curve.versions == version) * 1.0 - np.eye(len(curve.versions))[0]
-    variance = max(float(contrast @ curve.covariance @ contrast), 0.0)  # rounding
-    value, se = rounded([contrast @ curve.mean, np.sqrt(variance)])
-    return {"value": value, "se": se}
-
-
 def rounded(values: Any) -> list[float]:
     """Return numbers as short as they need to be."""
     return [round(float(value), DIGITS) for value in values]
@@ -213,17 +208,22 @@ async def work(todo: Sequence[tuple[Cell, int]], world: Path, results: Results, 
     async with stage(first, str(results.path), Examiner(first)) as on:
         for cell, seed in todo:
             name = {"job": job_name(cell, seed), "cell": cell.name, "seed": seed, **source}
-            results.append(name | await ended(recipe_of(cell, seed, world), on))
+            results.append(name | await ended(play(recipe_of(cell, seed, world), on)))
             print(f"{time.strftime('%H:%M:%S')} {told(results.rows[-1])}", flush=True)
 
 
-async def ended(recipe: Recipe, on: Stage) -> Row:
-    """Run a recipe and return its line; a run that fails has one too, or only those that went well would be told."""
+async def ended(playing: Awaitable[Solo]) -> Row:
+    """Return the line of a run; one that its own numbers or budgets ended has one too, or only the good would be told.
+
+    What is not the run's own trouble, a dead engine or a mistake of ours, is raised: the run is still to be made.
+    """
     began = time.monotonic()
     try:
-        found = {"status": "done", **line(await play(recipe, on))}
-    except Exception as error:  # one run's trouble is not the others', and is told
-        cause = first_cause(error) if isinstance(error, BaseExceptionGroup) else error
+        found = {"status": "done", **line(await playing)}
+    except ExceptionGroup as group:
+        cause = first_cause(group)
+        if not isinstance(cause, (FloatingPointError, UserError)):
+            raise
         found = {"status": "failed", "error": f"{type(cause).__name__}: {cause}"}
     return {**found, "seconds": round(time.monotonic() - began, 1)}
 

@@ -1,5 +1,6 @@
 """The studies of training on the demo's world: what is planned, what is kept of a run, and the pages."""
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 from benchmarks import study_report
 from benchmarks.demo_plan import SEEDS
 from benchmarks.demo_queue import Results
-from benchmarks.studies import RATES, STALENESS, WEIGHTS, cells, jobs, part_of, recipe_of, rise, select, stale_name
+from benchmarks.demo_record import difference
+from benchmarks.studies import RATES, STALENESS, WEIGHTS, cells, ended, jobs, part_of, recipe_of, select, stale_name
 from configs.algorithms import FACTS
 from configs.errors import UserError
 from configs.load import load
 from trainers.mismatch import from_scores
+from trainers.types import InfraError
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
@@ -58,10 +61,19 @@ def test_runs_are_selected_by_cell_and_seed() -> None:
 def test_a_rise_has_the_error_of_paired_prompts() -> None:
     scores = np.array([[0.0, 1.0, 2.0, 3.0], [0.5, 1.5, 2.5, 3.5], [2.0, 1.0, 2.0, 5.0]])
     curve = from_scores("gold", [0, 4, 8], scores)
-    assert rise(curve, 4) == {"value": 0.5, "se": 0.0}  # every prompt rose alike
+    assert difference(curve, 0, 1) == pytest.approx({"value": 0.5, "se": 0.0}, abs=1e-9)  # every prompt rose alike
     # differences 2, 0, 0, 2: mean 1, standard deviation 1.1547, over 4 prompts
-    assert rise(curve, 8) == {"value": 1.0, "se": 0.5774}
-    assert rise(curve, 0) == {"value": 0.0, "se": 0.0}
+    assert difference(curve, 0, 2) == pytest.approx({"value": 1.0, "se": 1.1547 / 2}, abs=1e-4)
+
+
+def test_a_run_that_its_own_numbers_end_has_a_line_and_a_dead_engine_ends_the_study() -> None:
+    async def fails(error: Exception) -> Any:
+        raise ExceptionGroup("loops", [ExceptionGroup("roll_out", [error])])
+
+    row = asyncio.run(ended(fails(FloatingPointError("the gradient is not finite"))))
+    assert (row["status"], row["error"]) == ("failed", "FloatingPointError: the gradient is not finite")
+    with pytest.raises(ExceptionGroup):
+        asyncio.run(ended(fails(InfraError("vLLM's engine process died"))))
 
 
 def row(cell: str, seed: int, gold: tuple[float, float, float], **fields: Any) -> dict[str, Any]:
