@@ -305,10 +305,8 @@ def _vllm_sampling(sampling: Sampling, seed: int, *, detokenize: bool) -> VllmSa
         "detokenize": detokenize,
         "output_kind": RequestOutputKind.FINAL_ONLY,
     }
-    recorded = {
-        "logprobs": 0,
-        "flat_logprobs": True,
-    }  # of the sampled token only, whatever `extra` says: no other is kept
+    # Of the sampled token only, whatever `extra` says: no other is kept.
+    recorded = {"logprobs": 0, "flat_logprobs": True}
     return VllmSampling(**(fields | dict(sampling.extra) | recorded))
 
 
